@@ -1,0 +1,96 @@
+# make demo    set up .venv/, then run the demonstration
+# make test    every test that takes seconds        make slow    the tests that take minutes
+# make check   what must pass before a commit       make bench   every benchmark
+# make clean   remove caches and build products; .venv/, runs/ and data/ stay
+#
+# PYTHON=python3.12 chooses an interpreter, PYTEST_ARGS="-k penalty" is passed to pytest.
+# An installation that was interrupted goes on with the same command.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# The first interpreter that is at least 3.11.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11, \
+	$(shell $(name) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(name))) python3)
+
+# torchattacks pins an old requests that it never imports; what it does import, we install ourselves.
+TORCHATTACKS := torchattacks==3.5.1
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_RETRIES ?= 10
+export PIP_RESUME_RETRIES ?= 10
+export PIP_DEFAULT_TIMEOUT ?= 60
+PIP := $(BIN)/python -m pip
+
+# Inside .venv/, so that they go with it. An environment whose Python does not start is made again.
+MADE := $(VENV)/made.stamp
+INSTALLED := $(VENV)/installed.stamp
+DEVELOP := $(VENV)/develop.stamp
+ifneq ($(shell $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null && echo works),works)
+$(shell rm -f $(MADE) $(INSTALLED) $(DEVELOP))
+endif
+
+.PHONY: demo test check bench slow clean browser
+
+demo: $(INSTALLED)
+	$(BIN)/guard run experiment=demo
+
+test: $(DEVELOP) browser
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+slow: $(DEVELOP)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(DEVELOP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory test
+
+bench: $(INSTALLED)
+	@for file in benchmarks/[a-z]*.py; do \
+	  if [ -e "$$file" ]; then \
+	    name=$$(basename "$$file" .py); \
+	    echo "== $$name"; \
+	    $(BIN)/python -m "benchmarks.$$name" || exit 1; \
+	  fi; \
+	done
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(MADE):
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no $(PYTHON). Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make environments (no ensurepip). Debian, Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(INSTALLED): $(MADE) setup.py pyproject.toml Makefile
+	$(PIP) install --editable .
+	$(PIP) install --no-deps $(TORCHATTACKS)
+	@touch $@
+
+$(DEVELOP): $(INSTALLED)
+	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+# The browser tests take Debian's Chromium. Without it they are skipped, and this says so.
+BROWSER_PACKAGES := chromium chromium-driver
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "Browser tests are skipped: $(BROWSER_PACKAGES) are missing and there is no apt-get."; exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then root=; \
+	elif sudo -n true 2>/dev/null; then root="sudo -n"; \
+	else echo "Browser tests are skipped: apt-get install $(BROWSER_PACKAGES) needs root."; exit 0; fi; \
+	$$root apt-get update -qq || true; \
+	$$root env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends $(BROWSER_PACKAGES) \
+	  || echo "Browser tests are skipped: apt-get could not install $(BROWSER_PACKAGES)."

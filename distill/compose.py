@@ -1,0 +1,130 @@
+"""From YAML groups and ``key=value`` overrides to a checked ``Config`` (Hydra's Compose API)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distill.config import Config, check
+from distill.errors import ConfigError
+
+
+def config_folder() -> Path:
+    """The shipped ``configs/``: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"The configuration files are missing beside {package}; install guard-distill again.")
+
+
+def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = None) -> Config:
+    """Compose and check a configuration.
+
+    Args:
+        overrides: ``group=choice`` and ``key=value`` strings, as on the command line.
+        extra_folder: a folder with groups of your own (``regularizer/mine.yaml``), searched after the shipped ones.
+
+    Raises:
+        ConfigError: one sentence with the full key and what is allowed.
+    """
+    overrides = list(overrides)
+    groups = group_choices(extra_folder)
+    _check_overrides(overrides, groups)
+    if extra_folder is not None:
+        if not Path(extra_folder).is_dir():
+            raise ConfigError(f"The folder of --config-dir does not exist: {extra_folder}")
+        overrides.append(f"hydra.searchpath=[{Path(extra_folder).resolve().as_uri()}]")
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+            node = hydra_compose(config_name="config", overrides=overrides)
+        config = OmegaConf.to_object(node)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_sentence(error)) from error
+    assert isinstance(config, Config)
+    check(config)
+    _check_regularizer(config, groups["regularizer"][config.regularizer.name])
+    return config
+
+
+def group_choices(extra_folder: str | Path | None = None) -> dict[str, dict[str, Path]]:
+    """Every config group and its choices: {"regularizer": {"curvature": file, …}, …}."""
+    found: dict[str, dict[str, Path]] = {}
+    for root in [config_folder(), *([Path(extra_folder)] if extra_folder else [])]:
+        for file in sorted(root.glob("*/*.yaml")):
+            found.setdefault(file.parent.name, {}).setdefault(file.stem, file)
+    return found
+
+
+def options(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every option as (full key, type, dataclass field), in the order of the schema."""
+    hints = typing.get_type_hints(schema)
+    for f in fields(schema):
+        if is_dataclass(hints[f.name]):
+            yield from options(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, hints[f.name], f
+
+
+def _check_overrides(overrides: Sequence[str], groups: dict[str, dict[str, Path]]) -> None:
+    types = {key: hint for key, hint, _ in options()}
+    for text in overrides:
+        try:
+            parsed: Override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"{text!r} is not of the form key=value.") from error
+        key = parsed.key_or_group
+        if key in groups:
+            choice = parsed.value()
+            if choice is not None and choice not in groups[key]:
+                raise ConfigError(f"{key}={choice} is not one of: {', '.join(groups[key])}.")
+        elif key not in types and not _inside_open_mapping(key, types):
+            close = difflib.get_close_matches(key, [*types, *groups], n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else "guard config shows every key."
+            raise ConfigError(f"Unknown key {key}; {hint}")
+
+
+def _inside_open_mapping(key: str, types: dict[str, Any]) -> bool:
+    parents = [key[: match.start()] for match in re.finditer(r"\.", key)]
+    return any(typing.get_origin(types.get(parent)) is dict for parent in parents)
+
+
+def _one_sentence(error: Exception) -> str:
+    """The key and the cause out of the many lines of a Hydra or OmegaConf error."""
+    while isinstance(error.__cause__, OmegaConfBaseException | HydraException):
+        error = error.__cause__
+    key = getattr(error, "full_key", None)
+    cause = re.sub(r"\s+", " ", str(error).split("\n")[0]).rstrip(".")
+    named = key and str(key) not in cause
+    return f"{key}: {cause}." if named else f"{cause}."
+
+
+def _check_regularizer(config: Config, file: Path) -> None:
+    """A regulariser takes exactly the options that its YAML file sets; another one would be silently ignored."""
+    taken = set(OmegaConf.load(file)) - {"name"}
+    for f in fields(config.regularizer):
+        value = getattr(config.regularizer, f.name)
+        if f.name in ("name", "options"):
+            continue
+        if value is not None and f.name not in taken:
+            raise ConfigError(
+                f"regularizer.{f.name} is not an option of regularizer={config.regularizer.name}, "
+                f"which takes: {', '.join(sorted(map(str, taken))) or 'none'}."
+            )
+        if value is None and f.name in taken:
+            raise ConfigError(f"regularizer.{f.name} of regularizer={config.regularizer.name} must be set.")

@@ -1,0 +1,361 @@
+"""The typed schema: every option, its unit, its limits and its help, in one place.
+
+YAML files in ``configs/`` set values; they cannot add options. ``compose.py`` reads them. An option that does not
+change a result (paths, workers, how often to log) is marked ``result=False`` and stays out of the fingerprints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from distill.errors import ConfigError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    length: int | None = None,
+    result: bool = True,
+) -> Any:
+    """A documented dataclass field.
+
+    Args:
+        low, high: inclusive limits; of every element where the option is a list.
+        above: exclusive lower limit.
+        choices: the allowed values of a string.
+        length: the number of elements that a list must have.
+        result: False when the value cannot change what a stage computes.
+    """
+    metadata = dict(
+        help=help, unit=unit, low=low, high=high, above=above, choices=choices, length=length, result=result
+    )
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DatasetConfig:
+    """The real images: where they come from, their size, and which of them are used."""
+
+    name: str = option("", "name of the data set; the prepared images lie in data_root/name")
+    provider: str = option(
+        "folder", "module of data_prep/providers that imports it: folder, torchvision, digits", result=False
+    )
+    source: str = option(
+        "", "folder or zip/tar archive in ImageFolder layout (train/CLASS/IMAGE, val/CLASS/IMAGE)", result=False
+    )
+    torchvision_class: str = option("", "class of torchvision.datasets, for provider=torchvision", result=False)
+    copy: bool = option(False, "copy the images of a source folder instead of referring to them", result=False)
+    on_corrupt: str = option(
+        "error", "an unreadable image stops the import, or is left out and counted", choices=("error", "skip")
+    )
+    num_classes: int = option(10, "number of classes", low=2)
+    image_size: int = option(224, "height and width that the networks see", unit="pixels", low=8)
+    stored_size: int = option(
+        0, "decode once, resize and centre-crop to this square, keep in memory; 0: decode each time", unit="pixels", low=0
+    )
+    mean: list[float] = option([0.485, 0.456, 0.406], "channel means of normalisation, in [0, 1] pixels", length=3)
+    std: list[float] = option([0.229, 0.224, 0.225], "channel deviations of normalisation", length=3, above=0)
+    max_per_class: int = option(0, "use this many training images of each class (seeded choice); 0: all", low=0)
+    validation_per_class: int = option(
+        0, "hold this many images of each class out of the training set, to choose settings on", low=0
+    )
+    validation_seed: int = option(0, "seed of max_per_class and validation_per_class", low=0)
+
+
+@dataclass
+class NetworkConfig:
+    """An image classifier."""
+
+    network: str = option("resnet18", "architecture", choices=("resnet10", "resnet18", "resnet34", "resnet50", "convnet"))
+    stem: str = option(
+        "imagenet",
+        "first layers of a ResNet: imagenet is 7x7 stride 2 and max-pool; the others are 3x3 without max-pool",
+        choices=("imagenet", "stride1", "stride2", "stride2_pad3"),
+    )
+    width: int = option(64, "channels of the first stage of a ResNet; of every layer of a ConvNet", low=1)
+
+
+@dataclass
+class SqueezeConfig:
+    """Teacher training on the real images (SPEC: squeeze)."""
+
+    epochs: int = option(50, "passes over the training set; 0 takes the initial weights as the teacher", low=0)
+    batch_size: int = option(32, "images per optimiser step over all ranks", low=1)
+    accumulation: int = option(1, "micro-batches that each rank's share of a batch is cut into", low=1)
+    optimizer: str = option("sgd", "optimiser", choices=("sgd", "adamw"))
+    lr: float = option(0.025, "peak learning rate", above=0)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(1e-4, "weight decay", low=0)
+    schedule: str = option("cosine", "learning rate over the steps", choices=("cosine", "linear", "step", "constant"))
+    step_epochs: list[float] = option([], "epochs after which schedule=step multiplies the learning rate", low=0)
+    step_factor: float = option(0.1, "factor of schedule=step", above=0, high=1)
+    warmup_epochs: float = option(0.0, "linear warm-up from 0 to lr", unit="epochs", low=0)
+    label_smoothing: float = option(0.0, "label smoothing of the clean loss", low=0, high=1)
+    precision: str = option(
+        "float32", "clean pass; the penalty is always IEEE float32", choices=("float32", "bf16")
+    )
+    batchnorm: str = option(
+        "local",
+        "statistics of each rank, of all ranks (GPU only), or frozen as in the initial weights",
+        choices=("local", "sync", "frozen"),
+    )
+    ema: float = option(0.0, "decay of an exponential moving average that becomes the teacher; 0: off", low=0, high=1)
+    weights: str = option("", "initial weights: a .safetensors file, or torchvision:NAME such as torchvision:IMAGENET1K_V1")
+    reuse: str = option("", "run folder whose finished teacher is taken, if made with the same options", result=False)
+    crop: str = option(
+        "resized", "training crop: random resized, random after zero padding, or none", choices=("resized", "padded", "none")
+    )
+    crop_scale: list[float] = option([0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1)
+    padding: int = option(4, "padding of crop=padded", unit="pixels", low=0)
+    flip: bool = option(True, "flip half of the training images left to right")
+
+
+@dataclass
+class RegularizerConfig:
+    """What is added to the squeeze loss. A regulariser takes exactly the options that its YAML file sets."""
+
+    name: str = option("none", "module of distill/regularizers")
+    weight: float | None = option(None, "λ of Eq. 11, λ_g of Table 3, or β: the factor of the penalty", low=0)
+    h: float | None = option(None, "length of the step along the gradient, L2 in normalised pixels", above=0)
+    epsilon: float | None = option(None, "radius of the L∞ ball", unit="1/255", above=0)
+    step_size: float | None = option(None, "step of the inner attack", unit="1/255", above=0)
+    steps: int | None = option(None, "steps of the inner attack", low=1)
+    random_start: bool | None = option(None, "start the inner attack at a random point of the ball")
+    options: dict[str, Any] = option({}, "further options of a regulariser of your own, passed on as they are")
+
+
+@dataclass
+class RecoverConfig:
+    """Distilled images from the teacher (SPEC: recover)."""
+
+    ipc: int = option(10, "images per class", low=1)
+    images_per_class: int = option(1, "images of each class in one unit of work; divides ipc", low=1)
+    classes_per_unit: int = option(100, "at most this many classes in one unit of work", low=1)
+    iterations: int = option(2000, "optimisation steps of a unit", low=1)
+    lr: float = option(0.25, "learning rate of Adam, cosine to 0", above=0)
+    betas: list[float] = option([0.5, 0.9], "β of Adam", length=2, low=0, high=1)
+    bn_weight: float = option(0.01, "r_bn, the weight of batch-norm matching", low=0)
+    first_bn_multiplier: float = option(10.0, "factor of the first batch-norm layer in the matching", low=0)
+    crop: bool = option(True, "each iteration sees a random resized crop of the batch")
+    crop_scale: list[float] = option([0.08, 1.0], "area of the crop relative to the image", length=2, above=0, high=1)
+    curriculum: str = option(
+        "none",
+        "CDA: the smallest crop falls from 1 to crop_scale[0] during the milestone",
+        choices=("none", "linear", "cosine", "step"),
+    )
+    milestone: float = option(1.0, "share of the iterations over which the curriculum falls", low=0, high=1)
+    flip: bool = option(True, "each iteration flips the batch with probability ½")
+    jitter: int = option(32, "each iteration rolls the batch by 0..jitter in both directions", unit="pixels", low=0)
+    snapshots: list[int] = option([], "iterations at which pictures of unit 0 are kept for TensorBoard", low=0)
+    curve_every: int = option(10, "iterations between two points of the stored loss curve", low=1)
+
+
+@dataclass
+class RelabelConfig:
+    """Views of the distilled images and the teacher's answers on them (SPEC: relabel)."""
+
+    mode: str = option(
+        "stored", "write soft labels, or ask the teacher while the student trains", choices=("stored", "online")
+    )
+    epochs: int = option(300, "epochs of views, and of student training", low=1)
+    batch_size: int = option(100, "images per teacher forward pass", low=1)
+    crop: str = option("resized", "crop of a view", choices=("resized", "padded", "none"))
+    crop_scale: list[float] = option([0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1)
+    padding: int = option(4, "padding of crop=padded", unit="pixels", low=0)
+    flip: bool = option(True, "flip half of the views left to right")
+    mix: str = option("cutmix", "mix each view with the view of a partner", choices=("cutmix", "mixup", "none"))
+    mix_alpha: float = option(1.0, "λ ~ Beta(mix_alpha, mix_alpha)", above=0)
+    teacher_mode: str = option("eval", "batch norm of the teacher; train only with mode=online", choices=("eval", "train"))
+
+
+@dataclass
+class EvaluateConfig:
+    """A student trained on the distilled set alone, then tested on real images (SPEC: evaluate)."""
+
+    batch_size: int = option(100, "distilled images per step", low=1)
+    labels: str = option("soft", "the teacher's soft labels, or the class labels", choices=("soft", "hard"))
+    temperature: float = option(20.0, "T of KL(softmax(t/T) ‖ softmax(s/T))", above=0)
+    optimizer: str = option("adamw", "optimiser", choices=("sgd", "adamw"))
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    momentum: float = option(0.9, "momentum of SGD", low=0, high=1)
+    weight_decay: float = option(0.01, "weight decay", low=0)
+    schedule: str = option("cosine", "learning rate over the steps", choices=("cosine", "linear", "step", "constant"))
+    step_epochs: list[float] = option([], "epochs after which schedule=step multiplies the learning rate", low=0)
+    step_factor: float = option(0.1, "factor of schedule=step", above=0, high=1)
+    warmup_epochs: float = option(0.0, "linear warm-up from 0 to lr", unit="epochs", low=0)
+    seeds: list[int] = option([0], "one student is trained for each", low=0)
+    split: str = option("test", "real images to test on; validation is held out of training", choices=("test", "validation"))
+    max_images: int = option(0, "test on this many images (seeded, per class); 0: all", low=0)
+    test_batch_size: int = option(250, "images per forward pass when testing", low=1, result=False)
+    teacher: bool = option(True, "test and attack the teacher too")
+
+
+@dataclass
+class AttacksConfig:
+    """The attacks on teacher and student; a suite is data (SPEC §3)."""
+
+    name: str = option("quick", "name of the suite")
+    epsilon: list[float] = option([1.0], "radii of the L∞ ball; attacks without a radius run once", unit="1/255", above=0)
+    max_images: int = option(0, "attack this many of the test images (seeded, per class); 0: all", low=0)
+    batch_size: int = option(100, "images attacked together", low=1)
+    suite: dict[str, Any] = option({}, "attack name → {attack: torchattacks class, its arguments}")
+
+
+@dataclass
+class EngineConfig:
+    """What runs the optimiser steps of squeeze."""
+
+    name: str = option("torch", "torch: one process, or DDP under torchrun", choices=("torch",), result=False)
+
+
+@dataclass
+class LoaderConfig:
+    """What reads the real images."""
+
+    name: str = option("folder", "loader", choices=("folder",))
+    workers: int = option(2, "processes that decode images on each rank", low=0, result=False)
+
+
+@dataclass
+class MonitorConfig:
+    """What is written while a stage works."""
+
+    tensorboard: bool = option(True, "write TensorBoard events", result=False)
+    every: int = option(20, "optimiser steps between two lines of metrics", low=1, result=False)
+    checkpoint_minutes: float = option(5.0, "time between two checkpoints", unit="minutes", low=0, result=False)
+
+
+@dataclass
+class Config:
+    """Everything that a run is made of."""
+
+    name: str = option("run", "name of the run; its folder is run_root/name", result=False)
+    run_root: str = option("runs", "folder of the run folders", result=False)
+    data_root: str = option("data", "folder of the prepared data sets", result=False)
+    seed: int = option(0, "seed of everything", low=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"), result=False)
+    threads: int = option(0, "CPU threads of each process; 0 leaves it to torch", low=0, result=False)
+    method: str = option("sre2l", "name of the distillation method, for tables", result=False)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    teacher: NetworkConfig = field(default_factory=NetworkConfig)
+    student: NetworkConfig = field(default_factory=NetworkConfig)
+    squeeze: SqueezeConfig = field(default_factory=SqueezeConfig)
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    relabel: RelabelConfig = field(default_factory=RelabelConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    attacks: AttacksConfig = field(default_factory=AttacksConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    arm: str = option("", "run only this arm of the experiment", result=False)
+    arms: dict[str, Any] = option({}, "runs of one experiment: name → list of overrides", result=False)
+    published: dict[str, Any] = option({}, "accuracies that the paper states for this setting", result=False)
+
+
+def check(config: Any, prefix: str = "") -> None:
+    """Check every value against the limits of its field.
+
+    Raises:
+        ConfigError: naming the full key, the value and what is allowed.
+    """
+    for f in fields(config):
+        value, key = getattr(config, f.name), prefix + f.name
+        if is_dataclass(value):
+            check(value, key + ".")
+        elif value is not None and "help" in f.metadata:
+            _check_value(key, value, dict(f.metadata))
+    if isinstance(config, Config):
+        _check_together(config)
+
+
+def _check_value(key: str, value: Any, limits: dict[str, Any]) -> None:
+    if limits["length"] is not None and len(value) != limits["length"]:
+        raise ConfigError(f"{key}={value} has {len(value)} elements and needs {limits['length']}.")
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(f"{key}={value} is not one of: {', '.join(limits['choices'])}.")
+    for element in value if isinstance(value, list) else [value]:
+        if isinstance(element, bool) or not isinstance(element, int | float):
+            continue
+        if not element == element or element in (float("inf"), float("-inf")):
+            raise ConfigError(f"{key}={value} must be finite.")
+        if limits["low"] is not None and element < limits["low"]:
+            raise ConfigError(f"{key}={value} must be at least {limits['low']:g}.")
+        if limits["high"] is not None and element > limits["high"]:
+            raise ConfigError(f"{key}={value} must be at most {limits['high']:g}.")
+        if limits["above"] is not None and element <= limits["above"]:
+            raise ConfigError(f"{key}={value} must be greater than {limits['above']:g}.")
+
+
+def _check_together(config: Config) -> None:
+    """Limits that tie two options together."""
+    c = config
+    for stage in ("squeeze", "recover", "relabel"):
+        scale = getattr(c, stage).crop_scale
+        if scale[0] > scale[1]:
+            raise ConfigError(f"{stage}.crop_scale={scale} must rise: the smallest area comes first.")
+    if c.recover.ipc % c.recover.images_per_class:
+        raise ConfigError(
+            f"recover.images_per_class={c.recover.images_per_class} must divide recover.ipc={c.recover.ipc}."
+        )
+    if any(snapshot >= c.recover.iterations for snapshot in c.recover.snapshots):
+        raise ConfigError(
+            f"recover.snapshots={c.recover.snapshots} must lie below recover.iterations={c.recover.iterations}; "
+            f"the last iterate is always kept."
+        )
+    if c.recover.curriculum != "none" and not c.recover.crop:
+        raise ConfigError(f"recover.curriculum={c.recover.curriculum} needs recover.crop=true.")
+    if c.squeeze.batch_size % c.squeeze.accumulation:
+        raise ConfigError(
+            f"squeeze.accumulation={c.squeeze.accumulation} must divide squeeze.batch_size={c.squeeze.batch_size}."
+        )
+    if c.squeeze.epochs and c.squeeze.warmup_epochs > c.squeeze.epochs:
+        raise ConfigError(
+            f"squeeze.warmup_epochs={c.squeeze.warmup_epochs:g} must not exceed squeeze.epochs={c.squeeze.epochs}."
+        )
+    if c.squeeze.epochs == 0 and not c.squeeze.weights:
+        raise ConfigError("squeeze.epochs=0 needs initial weights in squeeze.weights.")
+    if c.regularizer.name == "loss_difference" and c.squeeze.accumulation > 1:
+        raise ConfigError("regularizer=loss_difference compares whole batches and needs squeeze.accumulation=1.")
+    if c.relabel.teacher_mode == "train" and c.relabel.mode == "stored":
+        raise ConfigError("relabel.teacher_mode=train depends on the batch and needs relabel.mode=online.")
+    if c.evaluate.labels == "hard" and c.relabel.mode == "online":
+        raise ConfigError("evaluate.labels=hard asks no teacher; leave relabel.mode=stored.")
+    if c.evaluate.split == "validation" and not c.dataset.validation_per_class:
+        raise ConfigError("evaluate.split=validation needs dataset.validation_per_class of at least 1.")
+    if c.dataset.stored_size and c.dataset.stored_size < c.dataset.image_size:
+        raise ConfigError(
+            f"dataset.stored_size={c.dataset.stored_size} must not be smaller than "
+            f"dataset.image_size={c.dataset.image_size}."
+        )
+    if len(set(c.evaluate.seeds)) != len(c.evaluate.seeds) or not c.evaluate.seeds:
+        raise ConfigError(f"evaluate.seeds={c.evaluate.seeds} must hold at least one seed, each once.")
+
+
+def result_options(config: Any, *keys: str) -> dict[str, Any]:
+    """The options that change results, flat: {"squeeze.lr": 0.025, …}.
+
+    Args:
+        keys: sections (``"squeeze"``), single options (``"dataset.mean"``); none means everything.
+    """
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for f in fields(node):
+            value, key = getattr(node, f.name), prefix + f.name
+            if is_dataclass(value):
+                walk(value, key + ".")
+            elif f.metadata["result"] and (not keys or any(key == k or key.startswith(k + ".") for k in keys)):
+                flat[key] = value
+
+    walk(config, "")
+    return flat

@@ -1,0 +1,59 @@
+"""What a loader gives: bytes and labels. Normalisation is a module on the side of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one step on the device.
+
+    Attributes:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,).
+        indices: int64 (N,), positions in the list of samples: rank-free names of the images.
+        epoch: the epoch that the batch belongs to.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        columns = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.indices))
+        return Batch(*columns, epoch=self.epoch)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal consecutive parts, for gradient accumulation."""
+        columns = [t.chunk(parts) for t in (self.images, self.labels, self.indices)]
+        return [Batch(*part, epoch=self.epoch) for part in zip(*columns, strict=True)]
+
+
+class Loader(Protocol):
+    """Batches of one epoch. The order is a function of (seed, epoch); a rank gets its share of every global batch."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches that are left of this epoch."""
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: the epoch and how many batches of it were consumed."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position; the next batch is the one that would have come."""

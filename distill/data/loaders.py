@@ -1,0 +1,100 @@
+"""The loaders of a run, from its configuration. Each kind is a module ``distill/data/<loader.name>_loader.py``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config import Config
+from distill.data.augment import Augment
+from distill.data.batch import Loader
+from distill.data.catalogue import PreparedSet
+from distill.data.samples import Samples
+from distill.errors import ConfigError
+
+
+def training_loader(
+    config: Config, prepared: PreparedSet, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+) -> Loader:
+    """Batches of ``squeeze.batch_size`` augmented training images over all ranks.
+
+    Raises:
+        ConfigError: when the batch cannot be shared equally, or the options do not fit the data set.
+    """
+    squeeze = config.squeeze
+    augment = Augment(squeeze.crop, (squeeze.crop_scale[0], squeeze.crop_scale[1]), squeeze.padding, squeeze.flip)
+    return _build(
+        config,
+        prepared,
+        samples(config, prepared, "train"),
+        batch_size=squeeze.batch_size,
+        augment=augment,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+def test_loader(
+    config: Config,
+    prepared: PreparedSet,
+    *,
+    split: str,
+    max_images: int = 0,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """Real images as they are tested, each exactly once over all ranks.
+
+    Args:
+        split: "test", "validation", or "train" for training images without augmentation.
+        max_images: a seeded choice, balanced over the classes; 0: all.
+        batch_size: images of a global batch, over all ranks.
+
+    Raises:
+        DataError: when the data set has no such split.
+    """
+    chosen = samples(config, prepared, split).choose(max_images, config.seed)
+    return _build(
+        config, prepared, chosen, batch_size=batch_size, augment=None, rank=rank, world_size=world_size, device=device
+    )
+
+
+test_loader.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
+
+
+def samples(config: Config, prepared: PreparedSet, split: str) -> Samples:
+    """The samples of a split as the dataset options choose them."""
+    dataset = config.dataset
+    if len(prepared.classes) != dataset.num_classes:
+        raise ConfigError(
+            f"dataset.num_classes={dataset.num_classes}, but {prepared.folder} holds {len(prepared.classes)} classes."
+        )
+    return prepared.samples(
+        split,
+        max_per_class=dataset.max_per_class,
+        validation_per_class=dataset.validation_per_class,
+        seed=dataset.validation_seed,
+    )
+
+
+def _build(config: Config, prepared: PreparedSet, chosen: Samples, **settings: Any) -> Loader:
+    name = config.loader.name
+    if not Path(__file__).with_name(f"{name}_loader.py").is_file():
+        kinds = sorted(file.stem.removesuffix("_loader") for file in Path(__file__).parent.glob("*_loader.py"))
+        raise ConfigError(f"loader.name={name} is not one of: {', '.join(kinds)}.")
+    loader: Loader = importlib.import_module(f"distill.data.{name}_loader").build(
+        chosen,
+        image_size=config.dataset.image_size,
+        stored_size=config.dataset.stored_size,
+        seed=config.seed,
+        workers=config.loader.workers,
+        cache=prepared.folder,
+        **settings,
+    )
+    return loader

@@ -1,0 +1,33 @@
+"""Errors that are told to the user as one sentence, without a traceback.
+
+Raise one of these when the cause is outside the code: a wrong option, a broken file, a full disk. The sentence
+names the thing and the way out. Any other exception is a bug, and the command line says so.
+"""
+
+
+class GuardError(Exception):
+    """The run cannot go on; the message is one sentence for the user. Exit code 1."""
+
+    exit_code = 1
+
+
+class ConfigError(GuardError):
+    """The command or the configuration is wrong; nothing was started. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(GuardError):
+    """A data set, image or archive is missing, broken or not what its manifest says. Exit code 1."""
+
+
+class ArtifactError(GuardError):
+    """A folder of a run is damaged, or was made with another configuration. Exit code 1."""
+
+
+class NonFiniteError(GuardError):
+    """A loss became NaN or infinite; the message names step and term. Exit code 1."""
+
+
+class MissingPackageError(GuardError):
+    """An optional package is needed and not installed; the message holds the install line. Exit code 1."""

@@ -1,0 +1,8 @@
+"""Networks, normalisation and teacher loading."""
+
+from distill.models.networks import build_network
+from distill.models.normalize import Normalize
+from distill.models.teacher import load_teacher
+from distill.models.weights import load_initial_weights
+
+__all__ = ["Normalize", "build_network", "load_initial_weights", "load_teacher"]

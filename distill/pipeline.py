@@ -1,0 +1,199 @@
+"""The stages in order: what each is made from, what it makes, whether that is complete; runs one or all."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from distill.config import Config, result_options
+from distill.data.catalogue import PreparedSet
+from distill.errors import ArtifactError, ConfigError
+from distill.run_folder import Artifact, Provenance, Recipe, read_manifest, write_atomic
+from distill.training.monitor import open_monitor
+from distill.training.processes import Processes, processes
+
+REAL_DATA = tuple(
+    f"dataset.{name}"
+    for name in ("num_classes image_size stored_size mean std max_per_class validation_per_class validation_seed").split()
+)
+TRAINING = tuple(
+    f"evaluate.{name}"
+    for name in (
+        "batch_size labels temperature optimizer lr momentum weight_decay schedule step_epochs step_factor "
+        "warmup_epochs seeds"
+    ).split()
+)
+DATASET = "dataset"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        command: which ``guard`` command runs it.
+        makes: the artifact, which is also the name of its folder.
+        module: what runs it, a module of ``distill.stages``.
+        options: sections and keys that change its result.
+        inputs: the artifacts that it is made from.
+    """
+
+    command: str
+    makes: str
+    module: str
+    options: Callable[[Config], tuple[str, ...]]
+    inputs: Callable[[Config], tuple[str, ...]]
+
+
+def _student_options(config: Config) -> tuple[str, ...]:
+    return ("seed", "student", *TRAINING, *(() if _stores_labels(config) else ("relabel",)))
+
+
+def _student_inputs(config: Config) -> tuple[str, ...]:
+    if config.evaluate.labels == "hard":
+        return ("distilled",)
+    return ("distilled", "labels" if _stores_labels(config) else "teacher")
+
+
+def _stores_labels(config: Config) -> bool:
+    return config.relabel.mode == "stored" and config.evaluate.labels == "soft"
+
+
+STAGES = (
+    Stage(
+        "squeeze",
+        "teacher",
+        "squeeze",
+        lambda config: ("seed", *REAL_DATA, "teacher", "squeeze", "regularizer", "loader"),
+        lambda config: (DATASET,),
+    ),
+    Stage("recover", "distilled", "recover", lambda config: ("seed", "recover"), lambda config: ("teacher",)),
+    Stage("relabel", "labels", "relabel", lambda config: ("seed", "relabel"), lambda config: ("teacher", "distilled")),
+    Stage("evaluate", "student", "student", _student_options, _student_inputs),
+    Stage(
+        "evaluate",
+        "outcomes",
+        "evaluate",
+        lambda config: ("seed", "attacks", "evaluate.split", "evaluate.max_images", "evaluate.teacher"),
+        lambda config: (DATASET, "teacher", "distilled", "student"),
+    ),
+)
+
+
+def run_folder(config: Config) -> Path:
+    """``run_root/name``."""
+    return Path(config.run_root) / config.name
+
+
+def run(configs: Sequence[Config], command: str = "run") -> bool:
+    """Run one stage, or all, of each configuration; what is complete is left alone.
+
+    Args:
+        command: ``run``, or the command of a stage.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        GuardError: one sentence; what is finished is kept.
+    """
+    first = configs[0]
+    with processes(first.device, first.threads) as group:
+        for config in configs:
+            _preflight(config, group)
+        return any([_run_one(config, command, group) for config in configs])
+
+
+def _run_one(config: Config, command: str, group: Processes) -> bool:
+    folder, worked = run_folder(config), False
+    prepared = PreparedSet.open(Path(config.data_root) / config.dataset.name)
+    for split in {"train", config.evaluate.split}:
+        prepared.samples(
+            split,
+            max_per_class=config.dataset.max_per_class,
+            validation_per_class=config.dataset.validation_per_class,
+            seed=config.dataset.validation_seed,
+        )
+    for stage in STAGES:
+        if command not in ("run", stage.command):
+            continue
+        if stage.makes == "labels" and not _stores_labels(config):
+            _say(group, config, stage, "not needed")
+            continue
+        artifact = _artifact(stage, config, folder, prepared)
+        if artifact.complete and (stage.makes != "outcomes" or (folder / "results.json").is_file()):
+            _say(group, config, stage, "complete")
+            continue
+        _work(stage, artifact, config, folder, prepared, group)
+        _say(group, config, stage, "complete")
+        worked = True
+    return worked
+
+
+def _artifact(stage: Stage, config: Config, folder: Path, prepared: PreparedSet) -> Artifact:
+    fingerprints = {}
+    for name in stage.inputs(config):
+        if name == DATASET:
+            fingerprints[name] = prepared.fingerprint
+            continue
+        command = next(other.command for other in STAGES if other.makes == name)
+        if not (folder / name / "manifest.json").is_file():
+            raise ArtifactError(
+                f"{stage.command} needs {folder / name}, which is not complete; run guard {command} with the same options."
+            )
+        fingerprints[name] = read_manifest(folder / name, name)["fingerprint"]
+    recipe = Recipe(result_options(config, *stage.options(config)), fingerprints)
+    return Artifact(folder / stage.makes, stage.makes, recipe)
+
+
+def _work(
+    stage: Stage, artifact: Artifact, config: Config, folder: Path, prepared: PreparedSet, group: Processes
+) -> None:
+    # torch and everything that a stage needs are loaded when the stage starts.
+    module = importlib.import_module(f"distill.stages.{stage.module}")
+    from distill.stages.work import Work
+
+    def work() -> None:
+        monitor = open_monitor(folder, stage.makes, main=group.main, tensorboard=config.monitor.tensorboard)
+        try:
+            module.run(Work(config, folder, artifact, prepared, group, monitor))
+        finally:
+            monitor.close()
+
+    if not group.main:
+        group.barrier()
+        work()
+        return
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    artifact.begin()
+    group.barrier()
+    with Provenance(folder / "provenance.json").record(stage.makes, engine=config.engine.name):
+        work()
+
+
+def _preflight(config: Config, group: Processes) -> None:
+    """Find what would stop a later stage, before any work."""
+    from distill.regularizers import Surroundings, build_regularizer
+    from distill.stages.evaluate import planned_outcomes
+
+    surroundings = Surroundings(config.dataset.mean, config.dataset.std, config.squeeze.batch_size)
+    build_regularizer(config.regularizer, surroundings)
+    planned_outcomes(config)
+    per_rank = group.world_size * config.squeeze.accumulation
+    if config.squeeze.batch_size % per_rank:
+        low = config.squeeze.batch_size // per_rank * per_rank
+        raise ConfigError(
+            f"squeeze.batch_size={config.squeeze.batch_size} does not divide over {group.world_size} ranks and "
+            f"{config.squeeze.accumulation} micro-batches; {' and '.join(str(n) for n in (low, low + per_rank) if n)} do."
+        )
+
+
+def _say(group: Processes, config: Config, stage: Stage, state: str) -> None:
+    if group.main:
+        print(f"{config.name}: {stage.command} ({stage.makes}) {state}")
+        sys.stdout.flush()

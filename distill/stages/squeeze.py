@@ -1,0 +1,167 @@
+"""Squeeze: train the teacher on the real images with the regularised loss (paper §4.3-4.4; SPEC §1-2)."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.config import Config
+from distill.data.batch import Batch
+from distill.data.loaders import test_loader, training_loader
+from distill.errors import ArtifactError, ConfigError
+from distill.models import Normalize, build_network, load_initial_weights
+from distill.models.teacher import WEIGHTS
+from distill.randomness import seed_for
+from distill.regularizers import Regularizer, Surroundings, build_regularizer
+from distill.regularizers.numerics import inference_mode_layers
+from distill.robustness.runner import top_accuracy
+from distill.run_folder import copy_artifact, read_manifest, save_tensors
+from distill.stages.work import Work
+from distill.training.checkpoint import Checkpoint
+from distill.training.engine import build_engine
+from distill.training.loop import train
+from distill.training.schedule import build_optimizer
+
+
+class SqueezeTask(nn.Module):
+    """The whole regularised loss of a batch in one forward pass: clean loss in train mode, then the penalty.
+
+    Args:
+        regularizer: adds the penalty, or replaces the training images.
+        seed: seed of the run, for regularisers that draw.
+        label_smoothing: of the clean loss.
+        autocast: whether the clean pass runs in bf16; the penalty never does.
+        frozen: the clean pass too reads running batch-norm statistics.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        normalize: Normalize,
+        regularizer: Regularizer,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        autocast: bool = False,
+        frozen: bool = False,
+    ):
+        super().__init__()
+        self.network, self.normalize, self.regularizer = network, normalize, regularizer
+        self.seed, self.label_smoothing, self.autocast, self.frozen = seed, label_smoothing, autocast, frozen
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """``{"loss", "cross_entropy", "accuracy", terms of the regulariser}``, scalars."""
+        images = self.normalize(batch.images).contiguous(memory_format=torch.channels_last)
+        seeds = [seed_for(self.seed, "regularizer", batch.epoch, index) for index in batch.indices.tolist()]
+        images = self.regularizer.training_images(self.network, images, batch.labels, seeds)
+
+        # The clean pass comes first: it updates the running statistics that the penalty reads.
+        with (
+            inference_mode_layers(self.network) if self.frozen else contextlib.nullcontext(),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast),
+        ):
+            logits = self.network(images)
+        clean = F.cross_entropy(logits.float(), batch.labels, label_smoothing=self.label_smoothing)
+        penalty = self.regularizer(self.network, images, batch.labels)
+
+        accuracy = (logits.argmax(dim=1) == batch.labels).float().mean()
+        loss = clean + penalty["penalty"] if penalty else clean
+        return {"loss": loss, "cross_entropy": clean, **penalty, "accuracy": accuracy}
+
+
+def run(work: Work) -> None:
+    """Make ``teacher/``: weights and a manifest with the clean accuracy."""
+    config, processes = work.config, work.processes
+    if config.squeeze.reuse:
+        if processes.main:
+            _reuse(work, Path(config.squeeze.reuse))
+        processes.barrier()
+        return
+    network = build_network(
+        config.teacher, config.dataset.num_classes, config.dataset.image_size, config.seed, "teacher"
+    )
+    if config.squeeze.weights:
+        indices = [info.imagenet_index for info in work.prepared.classes]
+        load_initial_weights(network, config.squeeze.weights, config.teacher, indices)
+    network = network.to(processes.device, memory_format=torch.channels_last)
+    checkpoint = work.checkpoint()
+    if config.squeeze.epochs:
+        network = _train(work, network, checkpoint)
+
+    if processes.main:
+        normalize = Normalize(config.dataset.mean, config.dataset.std).to(processes.device)
+        split = "validation" if config.dataset.validation_per_class else "test"
+        loader = test_loader(
+            config,
+            work.prepared,
+            split=split,
+            batch_size=config.evaluate.test_batch_size,
+            device=processes.device,
+        )
+        accuracy = top_accuracy(nn.Sequential(normalize, network), loader).as_json()
+        save_tensors(work.folder / WEIGHTS, network.state_dict())
+        work.artifact.finish(
+            network=asdict(config.teacher),
+            num_classes=config.dataset.num_classes,
+            image_size=config.dataset.image_size,
+            mean=config.dataset.mean,
+            std=config.dataset.std,
+            regularizer={key: value for key, value in asdict(config.regularizer).items() if value not in (None, {})},
+            clean={**accuracy, "split": split},
+        )
+        checkpoint.remove()
+        work.monitor.scalars(config.squeeze.epochs, accuracy, "test")
+    processes.barrier()
+
+
+def _train(work: Work, network: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    config, processes = work.config, work.processes
+    if config.squeeze.batchnorm == "sync":
+        if processes.device.type != "cuda":
+            raise ConfigError("squeeze.batchnorm=sync needs GPUs; on CPUs use local or frozen.")
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    loader = training_loader(
+        config, work.prepared, rank=processes.rank, world_size=processes.world_size, device=processes.device
+    )
+    optimizer, schedule = build_optimizer(network, config.squeeze, config.squeeze.epochs, len(loader))
+    engine = build_engine(config.engine, processes)
+    engine.prepare(build_task(config, network), optimizer, schedule, config.squeeze.accumulation, config.squeeze.ema)
+    train(
+        engine,
+        loader,
+        config.squeeze.epochs,
+        checkpoint,
+        work.monitor,
+        description="squeeze",
+        every=config.monitor.every,
+    )
+    return engine.trained_network()
+
+
+def build_task(config: Config, network: nn.Module) -> SqueezeTask:
+    """The squeeze task of a configuration, on the device of the network."""
+    device = next(network.parameters()).device
+    normalize = Normalize(config.dataset.mean, config.dataset.std).to(device)
+    surroundings = Surroundings(config.dataset.mean, config.dataset.std, config.squeeze.batch_size)
+    return SqueezeTask(
+        network.train(),
+        normalize,
+        build_regularizer(config.regularizer, surroundings),
+        seed=config.seed,
+        label_smoothing=config.squeeze.label_smoothing,
+        autocast=config.squeeze.precision == "bf16",
+        frozen=config.squeeze.batchnorm == "frozen",
+    )
+
+
+def _reuse(work: Work, run: Path) -> None:
+    """Copy the finished teacher of another run, which must have been made from the same recipe."""
+    manifest = read_manifest(run / "teacher", "teacher")
+    texts = work.artifact.recipe.differences(manifest["recipe"])
+    if texts:
+        raise ArtifactError(f"The teacher of squeeze.reuse={run} is not the one wanted; these differ: {'; '.join(texts)}.")
+    copy_artifact(run / "teacher", work.folder)

@@ -1,0 +1,111 @@
+"""Evaluate, first half: train fresh students on the views of the distilled images (SPEC §2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.config import Config
+from distill.data import DistilledSet, SoftLabelStore, ViewBatch, Views
+from distill.data.view_loader import ViewLoader
+from distill.losses import soft_label_kl
+from distill.models import Normalize, build_network, load_teacher
+from distill.randomness import seed_for
+from distill.run_folder import load_tensors, save_tensors
+from distill.stages.work import Work
+from distill.training.loop import train
+from distill.training.processes import Processes
+from distill.training.schedule import build_optimizer
+from distill.training.torch_engine import TorchEngine
+
+
+class StudentTask(nn.Module):
+    """KL to the teacher's soft labels; with hard labels the cross-entropy of the mixed classes.
+
+    Args:
+        temperature: T of the KL term.
+    """
+
+    def __init__(self, network: nn.Module, normalize: Normalize, temperature: float):
+        super().__init__()
+        self.network, self.normalize, self.temperature = network, normalize, temperature
+
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """``{"loss", "accuracy"}``; accuracy counts the class of the own image."""
+        logits = self.network(self.normalize(batch.images).contiguous(memory_format=torch.channels_last))
+        if batch.logits is not None:
+            loss = soft_label_kl(logits, batch.logits, self.temperature)
+        else:
+            own, partner = (
+                F.cross_entropy(logits, labels, reduction="none") for labels in (batch.labels, batch.partner_labels)
+            )
+            loss = (batch.share * own + (1 - batch.share) * partner).mean()
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == batch.labels).float().mean()}
+
+
+def run(work: Work) -> None:
+    """Make ``student/``: the weights of one student for each seed. Ranks share the seeds."""
+    config, processes = work.config, work.processes
+    distilled = DistilledSet.open(work.run, processes.device)
+    alone = dataclasses.replace(processes, rank=0, world_size=1)
+    for number in processes.share(len(config.evaluate.seeds)):
+        seed = config.evaluate.seeds[number]
+        if not (work.folder / weights_file(seed)).is_file():
+            network = _train(work, distilled, seed, alone)
+            save_tensors(work.folder / weights_file(seed), network.state_dict())
+    processes.barrier()
+    if processes.main:
+        work.artifact.finish(network=dataclasses.asdict(config.student), seeds=config.evaluate.seeds)
+        for seed in config.evaluate.seeds:
+            work.checkpoint(f"-seed{seed}").remove()
+    processes.barrier()
+
+
+def weights_file(seed: int) -> str:
+    """Name of a student's weights in ``student/``."""
+    return f"seed{seed}.safetensors"
+
+
+def load_student(work: Work, seed: int) -> nn.Module:
+    """A trained student in eval mode, without gradients for its parameters."""
+    network = _fresh(work.config, seed)
+    network.load_state_dict(load_tensors(work.run / "student" / weights_file(seed)))
+    return network.to(work.processes.device).eval().requires_grad_(False)
+
+
+def _fresh(config: Config, seed: int) -> nn.Module:
+    return build_network(
+        config.student, config.dataset.num_classes, config.dataset.image_size, config.seed, f"student{seed}"
+    )
+
+
+def _train(work: Work, distilled: DistilledSet, seed: int, processes: Processes) -> nn.Module:
+    config, device = work.config, processes.device
+    normalize = Normalize(distilled.mean, distilled.std).to(device)
+    views = Views(distilled.images, distilled.labels, config.relabel, config.seed)
+    labels = teacher = None
+    if config.evaluate.labels == "soft" and config.relabel.mode == "stored":
+        labels = SoftLabelStore(work.run / "labels")
+    elif config.evaluate.labels == "soft":
+        network = load_teacher(work.run / "teacher", device)
+        teacher = nn.Sequential(normalize, network.train(config.relabel.teacher_mode == "train"))
+    loader = ViewLoader(views, config.evaluate.batch_size, seed_for(config.seed, "student", seed), labels, teacher)
+
+    network = _fresh(config, seed).to(device, memory_format=torch.channels_last)
+    optimizer, schedule = build_optimizer(network, config.evaluate, config.relabel.epochs, len(loader))
+    engine = TorchEngine(processes)
+    engine.prepare(StudentTask(network.train(), normalize, config.evaluate.temperature), optimizer, schedule)
+    train(
+        engine,
+        loader,
+        config.relabel.epochs,
+        work.checkpoint(f"-seed{seed}", processes),
+        work.monitor,
+        description=f"student {seed}",
+        series=f"seed{seed}",
+        every=config.monitor.every,
+    )
+    return engine.trained_network()

@@ -1,0 +1,88 @@
+"""What a person can watch: ``metrics.jsonl``, TensorBoard, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METRICS = "metrics.jsonl"
+
+
+class NullMonitor:
+    """Says nothing; for the ranks other than 0."""
+
+    def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Record named numbers of one step."""
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        """Show images uint8 (N, 3, H, W) as a grid, or one picture (3, H, W)."""
+
+    def text(self, name: str, markdown: str) -> None:
+        """Show a table or another text."""
+
+    def close(self) -> None:
+        """Write out everything."""
+
+
+class Monitor(NullMonitor):
+    """Writes the numbers of one stage.
+
+    Args:
+        run: the run folder.
+        stage: name of the stage; it leads every tag.
+        tensorboard: also write event files under ``run/tensorboard/<stage>``.
+    """
+
+    def __init__(self, run: Path, stage: str, tensorboard: bool = True):
+        self.run, self.stage = run, stage
+        self.writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run / "tensorboard" / stage))
+        path = run / METRICS
+        # A run that was killed may have left half a line.
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        if torn:
+            self.file.write("\n")
+
+    def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        line = {"stage": self.stage, "series": prefix, "step": step, "time": round(time.time(), 3), **values}
+        self.file.write(json.dumps(line) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar("/".join(filter(None, (self.stage, prefix, name))), value, step)
+
+    def images(self, step: int, name: str, images: Tensor) -> None:
+        if self.writer is not None:
+            picture = images if images.dim() == 3 else _grid(images)
+            self.writer.add_image(f"{self.stage}/{name}", picture, step)
+
+    def text(self, name: str, markdown: str) -> None:
+        if self.writer is not None:
+            self.writer.add_text(f"{self.stage}/{name}", markdown, 0)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def open_monitor(run: Path, stage: str, *, main: bool, tensorboard: bool = True) -> NullMonitor:
+    """The monitor of rank 0, or a silent one."""
+    return Monitor(run, stage, tensorboard) if main else NullMonitor()
+
+
+def _grid(images: Tensor, columns: int = 10) -> Tensor:
+    from torchvision.utils import make_grid
+
+    scale = max(1, 64 // images.shape[-1])
+    enlarged = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    return make_grid(enlarged.cpu(), nrow=min(columns, len(images)), pad_value=255).to(torch.uint8)

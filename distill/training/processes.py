@@ -1,0 +1,80 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from distill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: 0 … world_size − 1.
+        world_size: number of processes, 1 without torchrun.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """The positions among ``count`` independent pieces of work that are this rank's."""
+        return range(self.rank, count, self.world_size)
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world_size > 1:
+            distributed.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(values)
+        return values
+
+
+@contextlib.contextmanager
+def processes(device: str = "auto", threads: int = 0) -> Iterator[Processes]:
+    """Join the process group that torchrun's variables describe; without them this is the only process.
+
+    Args:
+        device: auto, cpu or cuda.
+        threads: CPU threads of this process; 0 leaves it to torch.
+
+    Raises:
+        ConfigError: when device=cuda and there is no GPU for this rank.
+    """
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+    if threads:
+        torch.set_num_threads(threads)
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and local_rank >= gpus:
+        raise ConfigError(f"device=cuda, and rank {rank} finds {gpus} GPUs; start fewer processes or use device=cpu.")
+    chosen = torch.device("cuda", local_rank) if local_rank < gpus else torch.device("cpu")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1:
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+    try:
+        yield Processes(rank, world_size, chosen)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,42 @@
+"""Distribution ``guard-distill``. ``configs/`` travels inside the wheel as the package ``distill.configs``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist", "selenium>=4.20"]
+
+setup(
+    name="guard-distill",
+    version="0.1.0",
+    description="Small, adversarially robust training sets from huge ones: distributed GUARD dataset distillation",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["distill*", "data_prep*", "launchers*"]), "distill.configs"],
+    package_dir={"distill.configs": "configs"},
+    package_data={"distill.configs": ["*.yaml", "*/*.yaml"], "distill": ["py.typed", "data/*.txt"]},
+    install_requires=[
+        # 2.13 exists here and there as a CPU-only build that does not fit PyPI's torchvision.
+        "torch>=2.11,!=2.13.*",
+        "torchvision>=0.26",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "safetensors>=0.4",
+        "pillow>=10.1",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "tabulate>=0.9",
+    ],
+    extras_require={
+        "ffcv": ["ffcv>=1.0.2", "opencv-python-headless", "numba"],
+        "dali": ["nvidia-dali-cuda130>=1.50"],
+        "test": TEST,
+        "dev": [*TEST, "ruff", "mypy>=1.10", "build", "types-tabulate", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["guard=distill.cli:main"]},
+)

@@ -1,0 +1,110 @@
+"""Suites are checked before anything runs, and what runs is written down in full."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+from torch import nn
+
+from distill.errors import ConfigError, MissingPackageError
+from distill.robustness import attacks
+from distill.robustness.attacks import build, is_linf
+from distill.robustness.suite import plan, shipped_suite
+
+
+def test_shipped_suites_are_those_of_the_specification() -> None:
+    labels = [one.label for one in plan(shipped_suite("paper"), [1.0, 2.0])]
+    assert labels == [
+        *("pgd100@1", "pgd100@2", "square@1", "square@2", "autoattack@1", "autoattack@2"),
+        *("cw", "mim@1", "mim@2"),
+    ]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    used = {one.label: build(one, model, 10, seed=3)[1]["arguments"] for one in plan(shipped_suite("paper"), [1.0])}
+    assert used["pgd100@1"] == {"eps": 1 / 255, "alpha": 0.25 / 255, "steps": 100, "random_start": True}
+    assert used["square@1"]["n_queries"] == 5000
+    assert used["square@1"]["seed"] == used["autoattack@1"]["seed"] == 3
+    assert used["autoattack@1"]["n_classes"] == 10
+    assert used["cw"]["c"] == 1e-4
+    assert used["mim@1"] == {"eps": 1 / 255, "alpha": 1 / 255, "steps": 20, "decay": 1.0}
+    (quick,) = plan(shipped_suite("quick"), [16])
+    assert build(quick, model, 10, seed=0)[1]["arguments"]["alpha"] == pytest.approx(4 / 255)
+
+
+def test_an_ensemble_names_its_parts() -> None:
+    (one,) = plan({"aa": {"attack": "AutoAttack"}}, [8])
+    _, specification = build(one, nn.Linear(1, 10), 10, seed=0)
+    parts = {part["attack"]: part["arguments"] for part in specification["ensemble"]}
+    assert list(parts) == ["APGD", "APGDT", "FAB", "Square"]
+    assert (parts["APGD"]["steps"], parts["APGDT"]["n_target_classes"], parts["FAB"]["eps"]) == (10, 9, 8 / 255)
+    assert "issue 196" in specification["remark"]
+
+
+def test_an_own_radius_replaces_the_list() -> None:
+    (one,) = plan({"l2": {"attack": "PGDL2", "eps": 0.5, "alpha_ratio": 0.2}}, [1.0, 2.0])
+    _, specification = build(one, nn.Linear(1, 10), 10, seed=0)
+    assert (one.label, specification["arguments"]["alpha"]) == ("l2", 0.1)
+    assert not is_linf("PGDL2", specification["arguments"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"attack": "PDG"}, r"attacks\.suite\.a\.attack=PDG is not one of: APGD, .*PGD, "),
+        ({"attack": "MultiAttack"}, r"attacks\.suite\.a\.attack=MultiAttack is not one of"),
+        ({"steps": 3}, r"attacks\.suite\.a must name a class"),
+        (
+            {"attack": "PGD", "step": 20},
+            r"attacks\.suite\.a\.step is no argument of PGD, which takes: eps, alpha, steps",
+        ),
+        ({"attack": "CW", "alpha_ratio": 1}, r"attacks\.suite\.a\.alpha_ratio is no argument of CW, which takes: c, "),
+        ({"attack": "PGD", "steps": 2.5}, r"attacks\.suite\.a\.steps=2\.5 must be a whole number of at least 1\."),
+        ({"attack": "PGD", "random_start": 1}, r"attacks\.suite\.a\.random_start=1 must be true or false"),
+        ({"attack": "CW", "c": "much"}, r"attacks\.suite\.a\.c='much' must be a number of at least 0"),
+        ({"attack": "Square", "norm": "L7"}, r"attacks\.suite\.a\.norm=L7 is not one of: Linf, L2"),
+        ({"attack": "APGD", "loss": "margin"}, r"attacks\.suite\.a\.loss=margin is not one of: ce, dlr"),
+        ({"attack": "PGD", "alpha": 0.1, "alpha_ratio": 1}, r"attacks\.suite\.a sets both alpha and alpha_ratio"),
+        ({"attack": "PGDL2"}, r"attacks\.suite\.a\.eps must be set"),
+    ],
+)
+def test_a_wrong_suite_is_one_sentence(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan({"a": entry}, [1.0])
+
+
+def test_radii_and_names_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"attacks\.epsilon is empty, and attacks\.suite\.a needs"):
+        plan({"a": {"attack": "PGD"}}, [])
+    assert [one.label for one in plan({"a": {"attack": "CW"}}, [])] == ["a"]
+    with pytest.raises(ConfigError, match="each radius once"):
+        plan({"a": {"attack": "PGD"}}, [1, 1.0])
+    with pytest.raises(ConfigError, match=r"attacks\.suite is empty"):
+        plan({}, [1.0])
+    with pytest.raises(ConfigError, match=r"no attack suite 'slow' in configs/attacks; there are: .*paper, quick"):
+        shipped_suite("slow")
+
+
+def test_too_few_classes_for_a_targeted_attack() -> None:
+    (one,) = plan({"aa": {"attack": "AutoAttack"}}, [1.0])
+    with pytest.raises(
+        ConfigError, match=r"attacks\.suite\.aa: AutoAttack needs at least 4 classes and the model has 3"
+    ):
+        build(one, nn.Linear(1, 3), 3, seed=0)
+    (one,) = plan({"fab": {"attack": "FAB", "n_classes": 20}}, [1.0])
+    with pytest.raises(ConfigError, match=r"attacks\.suite\.fab\.n_classes=20 must not exceed"):
+        build(one, nn.Linear(1, 10), 10, seed=0)
+
+
+def test_without_torchattacks_the_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "torchattacks":
+            raise ModuleNotFoundError("No module named 'torchattacks'")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(attacks, "library", attacks.library.__wrapped__)
+    with pytest.raises(MissingPackageError, match=r"pip install --no-deps torchattacks==3\.5\.1"):
+        attacks.library()
