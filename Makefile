@@ -10,10 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-# The first interpreter that is at least 3.11.
+# The first interpreter that is new enough; python3, and a message, when there is none.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11, \
-	$(shell $(name) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(name))) python3)
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(or $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$name && break; done),python3)
+endif
 
 # torchattacks pins an old requests that it never imports; what it does import, we install ourselves.
 TORCHATTACKS := torchattacks==3.5.1
@@ -65,8 +67,8 @@ clean:
 $(MADE):
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "There is no $(PYTHON). Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
-	@$(PYTHON) -c '$(NEW_ENOUGH)' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	  echo "$(PYTHON) is no Python of 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make environments (no ensurepip). Debian, Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist", "selenium>=4.20"]
+TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist", "selenium>=4.20", "setuptools>=77"]
 
 setup(
     name="guard-distill",
@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["distill*", "data_prep*", "launchers*"]), "distill.configs"],
     package_dir={"distill.configs": "configs"},
-    package_data={"distill.configs": ["*.yaml", "*/*.yaml"], "distill": ["py.typed", "data/*.txt"]},
+    package_data={"distill.configs": ["**/*.yaml"], "distill": ["py.typed", "data/*.txt"]},
     install_requires=[
         # 2.13 exists here and there as a CPU-only build that does not fit PyPI's torchvision.
         "torch>=2.11,!=2.13.*",

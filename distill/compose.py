@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distill.config import Config, check
 from distill.errors import ConfigError
@@ -48,16 +49,21 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
     if extra_folder is not None:
         if not Path(extra_folder).is_dir():
             raise ConfigError(f"The folder of --config-dir does not exist: {extra_folder}")
-        overrides.append(f"hydra.searchpath=[{Path(extra_folder).resolve().as_uri()}]")
+        folder = str(Path(extra_folder).resolve()).replace("\\", "\\\\").replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['file://{folder}']")
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
             node = hydra_compose(config_name="config", overrides=overrides)
         config = OmegaConf.to_object(node)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_one_sentence(error)) from error
     assert isinstance(config, Config)
     check(config)
+    for group in ("regularizer", "engine", "loader"):
+        name = getattr(config, group).name
+        if name not in groups[group]:
+            raise ConfigError(f"{group}.name={name} is not one of: {', '.join(groups[group])}.")
     _check_regularizer(config, groups["regularizer"][config.regularizer.name])
     return config
 
@@ -91,11 +97,12 @@ def _check_overrides(overrides: Sequence[str], groups: dict[str, dict[str, Path]
         key = parsed.key_or_group
         if key in groups:
             choice = parsed.value()
-            if choice is not None and choice not in groups[key]:
-                raise ConfigError(f"{key}={choice} is not one of: {', '.join(groups[key])}.")
+            if parsed.is_delete() or not isinstance(choice, str) or choice not in groups[key]:
+                raise ConfigError(f"{text} is not one of: {', '.join(groups[key])}.")
         elif key not in types and not _inside_open_mapping(key, types):
             close = difflib.get_close_matches(key, [*types, *groups], n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else "guard config shows every key."
+            close = [name for name in types if name.split(".")[-1] == key] or close
+            hint = f"did you mean {' or '.join(close)}?" if close else "guard config shows every key."
             raise ConfigError(f"Unknown key {key}; {hint}")
 
 
@@ -106,12 +113,18 @@ def _inside_open_mapping(key: str, types: dict[str, Any]) -> bool:
 
 def _one_sentence(error: Exception) -> str:
     """The key and the cause out of the many lines of a Hydra or OmegaConf error."""
-    while isinstance(error.__cause__, OmegaConfBaseException | HydraException):
-        error = error.__cause__
-    key = getattr(error, "full_key", None)
+    if mark := getattr(error, "problem_mark", None):
+        return f"{mark.name}, line {mark.line + 1}, is no YAML: {getattr(error, 'problem', '')}."
+    file = re.match(r"In '[^']+': ", str(error))
+    while not (key := getattr(error, "full_key", None)):
+        inner = error.__cause__ or error.__context__
+        if not isinstance(inner, OmegaConfBaseException | HydraException):
+            break
+        error = inner
     cause = re.sub(r"\s+", " ", str(error).split("\n")[0]).rstrip(".")
-    named = key and str(key) not in cause
-    return f"{key}: {cause}." if named else f"{cause}."
+    place = file.group() if file and not cause.startswith(file.group()) else ""
+    named = f"{key}: " if key and str(key) not in cause else ""
+    return f"{place}{named}{cause}."
 
 
 def _check_regularizer(config: Config, file: Path) -> None:
@@ -124,7 +137,8 @@ def _check_regularizer(config: Config, file: Path) -> None:
         if value is not None and f.name not in taken:
             raise ConfigError(
                 f"regularizer.{f.name} is not an option of regularizer={config.regularizer.name}, "
-                f"which takes: {', '.join(sorted(map(str, taken))) or 'none'}."
+                f"which takes: {', '.join(sorted(map(str, taken))) or 'none'}"
+                f"{'; arm=NAME chooses one arm of an experiment' if config.arms else ''}."
             )
         if value is None and f.name in taken:
             raise ConfigError(f"regularizer.{f.name} of regularizer={config.regularizer.name} must be set.")

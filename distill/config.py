@@ -7,6 +7,7 @@ change a result (paths, workers, how often to log) is marked ``result=False`` an
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from distill.errors import ConfigError
@@ -33,9 +34,8 @@ def option(
         length: the number of elements that a list must have.
         result: False when the value cannot change what a stage computes.
     """
-    metadata = dict(
-        help=help, unit=unit, low=low, high=high, above=above, choices=choices, length=length, result=result
-    )
+    metadata: dict[str, Any] = {"help": help, "unit": unit, "choices": choices, "length": length, "result": result}
+    metadata |= {"low": low, "high": high, "above": above}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -45,7 +45,7 @@ def option(
 class DatasetConfig:
     """The real images: where they come from, their size, and which of them are used."""
 
-    name: str = option("", "name of the data set; the prepared images lie in data_root/name")
+    name: str = option("", "name of the data set; the prepared images lie in data_root/name", result=False)
     provider: str = option(
         "folder", "module of data_prep/providers that imports it: folder, torchvision, digits", result=False
     )
@@ -55,12 +55,18 @@ class DatasetConfig:
     torchvision_class: str = option("", "class of torchvision.datasets, for provider=torchvision", result=False)
     copy: bool = option(False, "copy the images of a source folder instead of referring to them", result=False)
     on_corrupt: str = option(
-        "error", "an unreadable image stops the import, or is left out and counted", choices=("error", "skip")
+        "error",
+        "an unreadable image stops the import, or is left out and counted",
+        choices=("error", "skip"),
+        result=False,
     )
     num_classes: int = option(10, "number of classes", low=2)
     image_size: int = option(224, "height and width that the networks see", unit="pixels", low=8)
     stored_size: int = option(
-        0, "decode once, resize and centre-crop to this square, keep in memory; 0: decode each time", unit="pixels", low=0
+        0,
+        "decode once, resize and centre-crop to this square, keep in memory; 0: decode each time",
+        unit="pixels",
+        low=0,
     )
     mean: list[float] = option([0.485, 0.456, 0.406], "channel means of normalisation, in [0, 1] pixels", length=3)
     std: list[float] = option([0.229, 0.224, 0.225], "channel deviations of normalisation", length=3, above=0)
@@ -75,7 +81,9 @@ class DatasetConfig:
 class NetworkConfig:
     """An image classifier."""
 
-    network: str = option("resnet18", "architecture", choices=("resnet10", "resnet18", "resnet34", "resnet50", "convnet"))
+    network: str = option(
+        "resnet18", "architecture", choices=("resnet10", "resnet18", "resnet34", "resnet50", "convnet")
+    )
     stem: str = option(
         "imagenet",
         "first layers of a ResNet: imagenet is 7x7 stride 2 and max-pool; the others are 3x3 without max-pool",
@@ -100,21 +108,25 @@ class SqueezeConfig:
     step_factor: float = option(0.1, "factor of schedule=step", above=0, high=1)
     warmup_epochs: float = option(0.0, "linear warm-up from 0 to lr", unit="epochs", low=0)
     label_smoothing: float = option(0.0, "label smoothing of the clean loss", low=0, high=1)
-    precision: str = option(
-        "float32", "clean pass; the penalty is always IEEE float32", choices=("float32", "bf16")
-    )
+    precision: str = option("float32", "clean pass; the penalty is always IEEE float32", choices=("float32", "bf16"))
     batchnorm: str = option(
         "local",
         "statistics of each rank, of all ranks (GPU only), or frozen as in the initial weights",
         choices=("local", "sync", "frozen"),
     )
     ema: float = option(0.0, "decay of an exponential moving average that becomes the teacher; 0: off", low=0, high=1)
-    weights: str = option("", "initial weights: a .safetensors file, or torchvision:NAME such as torchvision:IMAGENET1K_V1")
+    weights: str = option(
+        "", "initial weights: a .safetensors file, or torchvision:NAME such as torchvision:IMAGENET1K_V1"
+    )
     reuse: str = option("", "run folder whose finished teacher is taken, if made with the same options", result=False)
     crop: str = option(
-        "resized", "training crop: random resized, random after zero padding, or none", choices=("resized", "padded", "none")
+        "resized",
+        "training crop: random resized, random after zero padding, or none",
+        choices=("resized", "padded", "none"),
     )
-    crop_scale: list[float] = option([0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1)
+    crop_scale: list[float] = option(
+        [0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1
+    )
     padding: int = option(4, "padding of crop=padded", unit="pixels", low=0)
     flip: bool = option(True, "flip half of the training images left to right")
 
@@ -169,12 +181,16 @@ class RelabelConfig:
     epochs: int = option(300, "epochs of views, and of student training", low=1)
     batch_size: int = option(100, "images per teacher forward pass", low=1)
     crop: str = option("resized", "crop of a view", choices=("resized", "padded", "none"))
-    crop_scale: list[float] = option([0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1)
+    crop_scale: list[float] = option(
+        [0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1
+    )
     padding: int = option(4, "padding of crop=padded", unit="pixels", low=0)
     flip: bool = option(True, "flip half of the views left to right")
     mix: str = option("cutmix", "mix each view with the view of a partner", choices=("cutmix", "mixup", "none"))
     mix_alpha: float = option(1.0, "λ ~ Beta(mix_alpha, mix_alpha)", above=0)
-    teacher_mode: str = option("eval", "batch norm of the teacher; train only with mode=online", choices=("eval", "train"))
+    teacher_mode: str = option(
+        "eval", "batch norm of the teacher; train only with mode=online", choices=("eval", "train")
+    )
 
 
 @dataclass
@@ -193,7 +209,9 @@ class EvaluateConfig:
     step_factor: float = option(0.1, "factor of schedule=step", above=0, high=1)
     warmup_epochs: float = option(0.0, "linear warm-up from 0 to lr", unit="epochs", low=0)
     seeds: list[int] = option([0], "one student is trained for each", low=0)
-    split: str = option("test", "real images to test on; validation is held out of training", choices=("test", "validation"))
+    split: str = option(
+        "test", "real images to test on; validation is held out of training", choices=("test", "validation")
+    )
     max_images: int = option(0, "test on this many images (seeded, per class); 0: all", low=0)
     test_batch_size: int = option(250, "images per forward pass when testing", low=1, result=False)
     teacher: bool = option(True, "test and attack the teacher too")
@@ -204,7 +222,9 @@ class AttacksConfig:
     """The attacks on teacher and student; a suite is data (SPEC §3)."""
 
     name: str = option("quick", "name of the suite")
-    epsilon: list[float] = option([1.0], "radii of the L∞ ball; attacks without a radius run once", unit="1/255", above=0)
+    epsilon: list[float] = option(
+        [1.0], "radii of the L∞ ball; attacks without a radius run once", unit="1/255", above=0
+    )
     max_images: int = option(0, "attack this many of the test images (seeded, per class); 0: all", low=0)
     batch_size: int = option(100, "images attacked together", low=1)
     suite: dict[str, Any] = option({}, "attack name → {attack: torchattacks class, its arguments}")
@@ -214,14 +234,14 @@ class AttacksConfig:
 class EngineConfig:
     """What runs the optimiser steps of squeeze."""
 
-    name: str = option("torch", "torch: one process, or DDP under torchrun", choices=("torch",), result=False)
+    name: str = option("torch", "torch: one process, or DDP under torchrun", result=False)
 
 
 @dataclass
 class LoaderConfig:
     """What reads the real images."""
 
-    name: str = option("folder", "loader", choices=("folder",))
+    name: str = option("folder", "module distill/data/NAME_loader.py")
     workers: int = option(2, "processes that decode images on each rank", low=0, result=False)
 
 
@@ -299,6 +319,8 @@ def _check_value(key: str, value: Any, limits: dict[str, Any]) -> None:
 def _check_together(config: Config) -> None:
     """Limits that tie two options together."""
     c = config
+    if not c.name.strip() or Path(c.name).is_absolute() or ".." in Path(c.name).parts:
+        raise ConfigError(f"name={c.name!r} must name a folder inside run_root.")
     for stage in ("squeeze", "recover", "relabel"):
         scale = getattr(c, stage).crop_scale
         if scale[0] > scale[1]:

@@ -5,29 +5,21 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from distill.config import Config, result_options
+from distill.config import Config, EvaluateConfig, result_options
 from distill.data.catalogue import PreparedSet
 from distill.errors import ArtifactError, ConfigError
 from distill.run_folder import Artifact, Provenance, Recipe, read_manifest, write_atomic
 from distill.training.monitor import open_monitor
 from distill.training.processes import Processes, processes
 
-REAL_DATA = tuple(
-    f"dataset.{name}"
-    for name in ("num_classes image_size stored_size mean std max_per_class validation_per_class validation_seed").split()
-)
-TRAINING = tuple(
-    f"evaluate.{name}"
-    for name in (
-        "batch_size labels temperature optimizer lr momentum weight_decay schedule step_epochs step_factor "
-        "warmup_epochs seeds"
-    ).split()
-)
+TESTING = ("split", "max_images", "teacher")
+"""Options of ``evaluate`` that change how networks are tested and not how students are trained."""
+TRAINING = tuple(f"evaluate.{field.name}" for field in fields(EvaluateConfig) if field.name not in TESTING)
 DATASET = "dataset"
 
 
@@ -69,7 +61,7 @@ STAGES = (
         "squeeze",
         "teacher",
         "squeeze",
-        lambda config: ("seed", *REAL_DATA, "teacher", "squeeze", "regularizer", "loader"),
+        lambda config: ("seed", "dataset", "teacher", "squeeze", "regularizer", "loader"),
         lambda config: (DATASET,),
     ),
     Stage("recover", "distilled", "recover", lambda config: ("seed", "recover"), lambda config: ("teacher",)),
@@ -79,7 +71,7 @@ STAGES = (
         "evaluate",
         "outcomes",
         "evaluate",
-        lambda config: ("seed", "attacks", "evaluate.split", "evaluate.max_images", "evaluate.teacher"),
+        lambda config: ("seed", "attacks", *(f"evaluate.{name}" for name in TESTING)),
         lambda config: (DATASET, "teacher", "distilled", "student"),
     ),
 )
@@ -106,7 +98,8 @@ def run(configs: Sequence[Config], command: str = "run") -> bool:
     with processes(first.device, first.threads) as group:
         for config in configs:
             _preflight(config, group)
-        return any([_run_one(config, command, group) for config in configs])
+        worked = [_run_one(config, command, group) for config in configs]
+    return any(worked)
 
 
 def _run_one(config: Config, command: str, group: Processes) -> bool:
@@ -144,7 +137,8 @@ def _artifact(stage: Stage, config: Config, folder: Path, prepared: PreparedSet)
         command = next(other.command for other in STAGES if other.makes == name)
         if not (folder / name / "manifest.json").is_file():
             raise ArtifactError(
-                f"{stage.command} needs {folder / name}, which is not complete; run guard {command} with the same options."
+                f"{stage.command} needs {folder / name}, which is not complete; "
+                f"run guard {command} with the same options."
             )
         fingerprints[name] = read_manifest(folder / name, name)["fingerprint"]
     recipe = Recipe(result_options(config, *stage.options(config)), fingerprints)
@@ -187,9 +181,10 @@ def _preflight(config: Config, group: Processes) -> None:
     per_rank = group.world_size * config.squeeze.accumulation
     if config.squeeze.batch_size % per_rank:
         low = config.squeeze.batch_size // per_rank * per_rank
+        fitting = " and ".join(str(size) for size in (low, low + per_rank) if size)
         raise ConfigError(
             f"squeeze.batch_size={config.squeeze.batch_size} does not divide over {group.world_size} ranks and "
-            f"{config.squeeze.accumulation} micro-batches; {' and '.join(str(n) for n in (low, low + per_rank) if n)} do."
+            f"{config.squeeze.accumulation} micro-batches; {fitting} do."
         )
 
 

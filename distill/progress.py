@@ -30,6 +30,7 @@ class Progress:
         self.total, self.description, self.unit, self.done, self.interval = total, description, unit, done, interval
         self.first, self.began, self.told = done, time.monotonic(), time.monotonic()
         self.notes: dict[str, Any] = {}
+        self.told_at: int | None = None
         self.plain = not quiet and not sys.stderr.isatty()
         self.bar = tqdm(
             total=total, initial=done, desc=description, unit=unit, disable=quiet or self.plain, dynamic_ncols=True
@@ -49,7 +50,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        self.told = time.monotonic()
+        self.told, self.told_at = time.monotonic(), self.done
         elapsed = self.told - self.began
         rate = (self.done - self.first) / elapsed if elapsed > 0 else 0.0
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
@@ -61,5 +62,5 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        if self.plain:
+        if self.plain and self.told_at != self.done:
             self._line()

@@ -160,7 +160,7 @@ class Artifact:
         files = {
             str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.name not in ("recipe.json", "manifest.json") and not path.name.endswith(".tmp")
+            if path.is_file() and not self._passing(path)
         }
         body = {
             "format": f"guard-{self.kind}",
@@ -171,6 +171,11 @@ class Artifact:
         }
         write_json(self.folder / "manifest.json", {**body, "fingerprint": digest(body)})
         (self.folder / "recipe.json").unlink(missing_ok=True)
+
+    def _passing(self, path: Path) -> bool:
+        """Whether a file is not a part of the artifact: recipe, manifest, checkpoints and temporary files."""
+        parts = path.relative_to(self.folder).parts
+        return parts[0] in ("recipe.json", "manifest.json") or any(part.startswith(".") for part in parts)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -197,7 +202,7 @@ class Artifact:
             if size != entry["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
                 raise ArtifactError(
-                    f"{path} {state}; remove {self.folder / 'manifest.json'} and {path.name}, and run the same command again."
+                    f"{path} {state}; remove it and {self.folder / 'manifest.json'}, and run the same command again."
                 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,19 +31,22 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        columns = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.indices))
-        return Batch(*columns, epoch=self.epoch)
+        images, labels, indices = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.indices))
+        return Batch(images, labels, indices, self.epoch)
 
     def split(self, parts: int) -> list[Batch]:
         """Equal consecutive parts, for gradient accumulation."""
-        columns = [t.chunk(parts) for t in (self.images, self.labels, self.indices)]
-        return [Batch(*part, epoch=self.epoch) for part in zip(*columns, strict=True)]
+        columns = zip(*(t.chunk(parts) for t in (self.images, self.labels, self.indices)), strict=True)
+        return [Batch(images, labels, indices, self.epoch) for images, labels, indices in columns]
 
 
-class Loader(Protocol):
+Item = TypeVar("Item", covariant=True)
+
+
+class Loader(Protocol[Item]):
     """Batches of one epoch. The order is a function of (seed, epoch); a rank gets its share of every global batch."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Item]:
         """The batches that are left of this epoch."""
 
     def __len__(self) -> int:

@@ -34,16 +34,7 @@ class PreparedSet:
         Raises:
             DataError: when it is not prepared, its manifest is damaged, or the images that it refers to are gone.
         """
-        file = folder / "manifest.json"
-        if not file.is_file():
-            raise DataError(f"{folder} holds no prepared data set; run guard prepare with the same dataset options first.")
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-                raise DataError(f"{file} is not of format {FORMAT} version {VERSION}; remove {folder} and prepare it again.")
-            prepared = cls(folder, manifest)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file} is damaged; remove it and run guard prepare again.") from error
+        prepared = cls(folder, read_manifest(folder))
         if not prepared.root.is_dir():
             raise DataError(
                 f"The images of {prepared.name} are no longer in {prepared.root}; "
@@ -56,17 +47,22 @@ class PreparedSet:
         """The splits that are stored: "train" and, where the source has one, "test"."""
         return sorted(self.manifest["splits"], reverse=True)
 
+    def describe(self) -> str:
+        """One line for people: where it lies, how many classes and images, how many were left out."""
+        counts = ", ".join(f"{self.manifest['splits'][split]['images']} {split}" for split in self.splits)
+        skipped = self.manifest["corrupt"]["count"]
+        left_out = f", {skipped} unreadable left out" if skipped else ""
+        return f"{self.folder}: {len(self.classes)} classes, {counts} images{left_out}."
+
     def index(self, split: str) -> Index:
         """The whole index of "train" or "test". Raises DataError when the data set has none, or it is damaged."""
         if split not in self.manifest["splits"]:
             raise DataError(f"The data set {self.name} has no {split} split; prepare it from a source that holds one.")
         if split not in self._indices:
-            self._indices[split] = Index.load(self.folder, self.manifest["splits"][split])
+            self._indices[split] = Index.load(self.folder, self.manifest["splits"][split]["index"])
         return self._indices[split]
 
-    def samples(
-        self, split: str, *, max_per_class: int = 0, validation_per_class: int = 0, seed: int = 0
-    ) -> Samples:
+    def samples(self, split: str, *, max_per_class: int = 0, validation_per_class: int = 0, seed: int = 0) -> Samples:
         """The samples of one split.
 
         Args:
@@ -96,3 +92,19 @@ class PreparedSet:
             rest = generator(seed, "subset", label).permutation(members[validation_per_class:])
             kept.append(rest[: max_per_class or None])
         return Samples(self.root, whole.take(np.sort(np.concatenate(kept))), self.classes, split)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder. Raises DataError when it has none, or a damaged one."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise DataError(f"{folder} holds no prepared data set; run guard prepare with the same dataset options first.")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        form = (manifest["format"], manifest["version"])
+        missing = {"name", "classes", "splits", "corrupt", "images", "source", "fingerprint"} - set(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged; remove it and run guard prepare again.") from error
+    if form != (FORMAT, VERSION) or missing:
+        raise DataError(f"{file} is not of format {FORMAT} version {VERSION}; remove {folder} and prepare it again.")
+    return manifest

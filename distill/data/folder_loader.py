@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from distill.data.augment import Augment, batch_view, image_view, memory_base
+from distill.data.augment import Augment, batch_view, memory_base
 from distill.data.batch import Batch
 from distill.data.crops import UNIFORMS
-from distill.data.decode import read_image
 from distill.data.memory import stored_squares
 from distill.data.order import Order
 from distill.data.samples import Samples
-from distill.data.workers import WORKER_DIED, quiet_worker
-from distill.errors import DataError
+from distill.data.streaming import Key, read_batches
 from distill.randomness import uniforms
-
-Key = tuple[int, NDArray[np.int64]]
-"""A batch to read: its epoch and the positions of its images."""
 
 
 class FolderLoader:
@@ -101,66 +94,19 @@ class FolderLoader:
         labels = torch.from_numpy(self.samples.labels)
         for epoch, share in keys:
             indices = torch.from_numpy(share)
-            batch = Batch(self.memory[indices], labels[indices], indices).to(self.device)
+            batch = Batch(self.memory[indices], labels[indices], indices, epoch).to(self.device)
             if self.augment is not None:
                 numbers = uniforms(self.seed, "augment", epoch, share.tolist(), UNIFORMS)
-                batch = Batch(batch_view(batch.images, self.image_size, self.augment, numbers), batch.labels, batch.indices)
+                images = batch_view(batch.images, self.image_size, self.augment, numbers)
+                batch = replace(batch, images=images)
             yield batch
 
     def _from_files(self, keys: list[Key]) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Files(self.samples, self.image_size, self.augment, self.seed),
-            sampler=keys,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=min(self.workers, len(keys)),
-            multiprocessing_context="fork" if min(self.workers, len(keys)) else None,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # Otherwise it would draw from the global one.
-            pin_memory=self.device.type == "cuda",
+        columns = read_batches(
+            self.samples, keys, self.image_size, self.augment, self.seed, self.workers, self.device.type == "cuda"
         )
-        batches = iter(loader)
-        while True:
-            try:
-                columns = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error):
-                    raise DataError(WORKER_DIED) from error
-                raise
-            if isinstance(columns, str):
-                raise DataError(columns)
-            yield Batch(*columns).to(self.device)
-
-
-class _Files(Dataset[Any]):
-    """Whole batches, decoded in a worker. Numpy and Pillow do the work, because torch's threads do not survive a fork."""
-
-    def __init__(self, samples: Samples, size: int, augment: Augment | None, seed: int):
-        self.samples, self.size, self.augment, self.seed = samples, size, augment, seed
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor, Tensor] | str:
-        """Images, labels and indices; or the message of a DataError, which a worker could only send with its traceback."""
-        epoch, share = key
-        images = np.empty((len(share), 3, self.size, self.size), dtype=np.uint8)
-        for image, position in zip(images, share.tolist(), strict=True):
-            numbers = None
-            if self.augment is not None:
-                numbers = uniforms(self.seed, "augment", epoch, [position], UNIFORMS)
-            try:
-                image[:] = image_view(read_image(self.samples.path(position)), self.size, self.augment, numbers)
-            except DataError as error:
-                return str(error)
-        return torch.from_numpy(images), torch.from_numpy(self.samples.labels[share]), torch.from_numpy(share)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _begin_worker(worker: int) -> None:
-    quiet_worker()
+        for images, labels, indices, epoch in columns:
+            yield Batch(images, labels, indices, epoch).to(self.device)
 
 
 build = FolderLoader

@@ -1,16 +1,16 @@
+# ruff: noqa: PT028  # test_loader is no test.
 """The loaders of a run, from its configuration. Each kind is a module ``distill/data/<loader.name>_loader.py``."""
 
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.config import Config
 from distill.data.augment import Augment
-from distill.data.batch import Loader
+from distill.data.batch import Batch, Loader
 from distill.data.catalogue import PreparedSet
 from distill.data.samples import Samples
 from distill.errors import ConfigError
@@ -18,7 +18,7 @@ from distill.errors import ConfigError
 
 def training_loader(
     config: Config, prepared: PreparedSet, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
-) -> Loader:
+) -> Loader[Batch]:
     """Batches of ``squeeze.batch_size`` augmented training images over all ranks.
 
     Raises:
@@ -48,7 +48,7 @@ def test_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-) -> Loader:
+) -> Loader[Batch]:
     """Real images as they are tested, each exactly once over all ranks.
 
     Args:
@@ -83,12 +83,8 @@ def samples(config: Config, prepared: PreparedSet, split: str) -> Samples:
     )
 
 
-def _build(config: Config, prepared: PreparedSet, chosen: Samples, **settings: Any) -> Loader:
-    name = config.loader.name
-    if not Path(__file__).with_name(f"{name}_loader.py").is_file():
-        kinds = sorted(file.stem.removesuffix("_loader") for file in Path(__file__).parent.glob("*_loader.py"))
-        raise ConfigError(f"loader.name={name} is not one of: {', '.join(kinds)}.")
-    loader: Loader = importlib.import_module(f"distill.data.{name}_loader").build(
+def _build(config: Config, prepared: PreparedSet, chosen: Samples, **settings: Any) -> Loader[Batch]:
+    loader: Loader[Batch] = importlib.import_module(f"distill.data.{config.loader.name}_loader").build(
         chosen,
         image_size=config.dataset.image_size,
         stored_size=config.dataset.stored_size,

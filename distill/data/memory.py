@@ -36,18 +36,20 @@ def stored_squares(
     _check_memory(len(samples), size)
     if cache is None:
         return _decode(samples, size, workers, quiet)
+    squares: Tensor | None = None
     name = f"decoded-{samples.split}-{size}-{samples.fingerprint[:16]}"
     try:
         # The ranks of one machine wait here for the first of them, and then share its file's pages.
         with locked(cache / f".{name}.lock"):
+            for stale in cache.glob(f".{name}.*.tmp"):
+                stale.unlink()
             squares = _load(cache / f"{name}.safetensors", (len(samples), 3, size, size))
             if squares is None:
                 squares = _decode(samples, size, workers, quiet)
                 save_tensors(cache / f"{name}.safetensors", {"images": squares, "sha256": _checksum(squares)})
     except OSError as error:  # A read-only folder or a full disk: the images are in memory all the same.
         warnings.warn(f"The decoded images are not kept in {cache} ({error.strerror}).", stacklevel=2)
-        squares = _decode(samples, size, workers, quiet)
-    return squares
+    return _decode(samples, size, workers, quiet) if squares is None else squares
 
 
 def _decode(samples: Samples, size: int, workers: int, quiet: bool) -> Tensor:

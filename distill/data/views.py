@@ -74,7 +74,10 @@ class Views:
                 share = strength
                 own = torch.lerp(other, own, torch.as_tensor(share).to(own).view(-1, 1, 1, 1))
         device = self.images.device
-        position, partner = torch.as_tensor(np.asarray(indices), device=device), torch.as_tensor(partners, device=device)
+        position, partner = (
+            torch.as_tensor(np.asarray(indices), device=device),
+            torch.as_tensor(partners, device=device),
+        )
         return ViewBatch(
             images=own,
             indices=position,

@@ -49,11 +49,11 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: 
         except BrokenProcessPool as error:
             raise DataError(WORKER_DIED) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 WORKER_DIED = (
-    "A worker process that reads images was killed, probably because memory ran out; "
+    "A worker process that reads images was killed, probably because memory or shared memory (/dev/shm) ran out; "
     "use fewer with loader.workers, or free memory."
 )
 

@@ -66,8 +66,12 @@ def build_regularizer(config: RegularizerConfig, surroundings: Surroundings) -> 
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ConfigError(f"regularizer.name={config.name}: there is no distill/regularizers/{config.name}.py.") from error
-    options = {key: value for key, value in asdict(config).items() if key not in ("name", "options") and value is not None}
+        raise ConfigError(
+            f"regularizer.name={config.name}: there is no distill/regularizers/{config.name}.py."
+        ) from error
+    options = {
+        key: value for key, value in asdict(config).items() if key not in ("name", "options") and value is not None
+    }
     try:
         regularizer: Regularizer = module.REGULARIZER(**options, **config.options)
     except TypeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,8 @@ def inference_mode_layers(network: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def ieee_float32(device_type: str) -> Iterator[None]:
     """No autocast and no TF32 inside the block. bf16 and TF32 lose g(x + hz) − g(x) by cancellation."""
-    saved = _switch_tf32((False, False))
+    saved = _tf32()
+    _switch_tf32((False, False))
     try:
         with torch.autocast(device_type, enabled=False):
             yield
@@ -44,8 +46,9 @@ def ieee_backward(result: Tensor) -> Tensor:
     if result.requires_grad:
 
         def hook(gradient: Tensor) -> Tensor:
-            saved = _switch_tf32((False, False))
-            Variable._execution_engine.queue_callback(lambda: _switch_tf32(saved))
+            saved = _tf32()
+            _switch_tf32((False, False))
+            Variable._execution_engine.queue_callback(functools.partial(_switch_tf32, saved))
             return gradient
 
         result.register_hook(hook)
@@ -58,7 +61,9 @@ def unit_direction(gradient: Tensor) -> Tensor:
     return (gradient / norm.view(-1, *[1] * (gradient.dim() - 1))).detach()
 
 
-def _switch_tf32(wanted: tuple[bool, bool]) -> tuple[bool, bool]:
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+def _tf32() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def _switch_tf32(wanted: tuple[bool, bool]) -> None:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = wanted
-    return before

@@ -1,5 +1,20 @@
 """Attacks on networks, accuracies under attack, and figures made from them."""
 
-from distill.robustness.runner import AttackReport, attack_accuracy
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.robustness.results import AttackReport
+    from distill.robustness.runner import attack_accuracy
 
 __all__ = ["AttackReport", "attack_accuracy"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load torch with the first use, so that tables, which need only the figures, come at once."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distill.robustness import runner
+
+    return getattr(runner, name)

@@ -55,8 +55,12 @@ def attack_label(attack: Mapping[str, Any]) -> str:
 
 
 def ratios(network: Mapping[str, Any]) -> dict[str, float | None]:
-    """``{"rr", "i_rr"}`` of one network's part of ``results.json``, over all its attacks at all radii."""
-    clean, attacked = network["clean"]["top1"], [attack["accuracy"] for attack in network["attacks"]]
+    """``{"rr", "i_rr"}`` of one network's part of ``results.json``, over all its attacks at all radii.
+
+    The clean accuracy in them is that of the attacked images, which may be fewer than the tested ones.
+    """
+    attacked = [attack["accuracy"] for attack in network["attacks"]]
+    clean = network["attacks"][0]["clean"] if attacked else network["clean"]["top1"]
     return {"rr": robustness_ratio(clean, attacked), "i_rr": improved_robustness_ratio(clean, attacked)}
 
 

@@ -39,12 +39,14 @@ class AttackResult:
     Attributes:
         name, epsilon: as in the suite; the radius in units of 1/255, or None.
         robust: bool (N,), correct when clean and still correct when attacked.
+        clean: accuracy on the same N images when clean, a fraction.
         specification: class, all arguments, library version, seed and batch size.
     """
 
     name: str
     epsilon: float | None
     robust: Tensor
+    clean: float
     specification: dict[str, Any]
 
     @property
@@ -58,6 +60,7 @@ class AttackResult:
             "name": self.name,
             "epsilon": self.epsilon,
             "accuracy": self.accuracy,
+            "clean": self.clean,
             "count": len(self.robust),
             "specification": self.specification,
         }

@@ -147,7 +147,7 @@ def run_attack(
             robust[chosen] = (answers == truth).cpu()
             progress.update(len(chosen), accuracy=f"{int(robust.sum()) / end:.3f}")
     specification |= {"seed": seed, "batch_size": batch_size}
-    return AttackResult(planned.name, planned.epsilon, robust, specification)
+    return AttackResult(planned.name, planned.epsilon, robust, int(right.sum()) / len(right), specification)
 
 
 def _answers(network: nn.Module, images: Tensor, what: str) -> Tensor:

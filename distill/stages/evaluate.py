@@ -121,7 +121,8 @@ class _Testing:
         """The images that are attacked, as one batch in memory."""
         limits = [limit for limit in (self.config.evaluate.max_images, self.config.attacks.max_images) if limit]
         batches = [batch.to("cpu") for batch in self.loader(min(limits, default=0))]
-        return Batch(*(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "indices")))
+        images, labels, indices = zip(*((b.images, b.labels, b.indices) for b in batches), strict=True)
+        return Batch(torch.cat(images), torch.cat(labels), torch.cat(indices))
 
 
 def _results(work: Work, outcomes: list[Outcome]) -> dict[str, Any]:

@@ -84,7 +84,13 @@ def augment(images: Tensor, config: RecoverConfig, iteration: int, uniform: NDAr
 
 
 def recover_unit(
-    teacher: nn.Module, normalize: Normalize, unit: Unit, size: int, config: RecoverConfig, seed: int, progress: Progress
+    teacher: nn.Module,
+    normalize: Normalize,
+    unit: Unit,
+    size: int,
+    config: RecoverConfig,
+    seed: int,
+    progress: Progress,
 ) -> Recovered:
     """Recover one unit; its result is a function of the teacher, the configuration, the seed and its number.
 
@@ -129,9 +135,7 @@ def recover_unit(
     if unit.number == 0 and config.snapshots:
         snapshots.append(pixels(SNAPSHOT_IMAGES))
     empty = torch.empty(0, min(len(labels), SNAPSHOT_IMAGES), 3, size, size, dtype=torch.uint8)
-    return Recovered(
-        pixels(), labels.cpu(), torch.tensor(curve), torch.stack(snapshots) if snapshots else empty
-    )
+    return Recovered(pixels(), labels.cpu(), torch.tensor(curve), torch.stack(snapshots) if snapshots else empty)
 
 
 def run(work: Work) -> None:
@@ -148,9 +152,7 @@ def run(work: Work) -> None:
         for unit in mine:
             if unit in finished:
                 continue
-            result = recover_unit(
-                teacher, normalize, unit, config.dataset.image_size, recover, config.seed, progress
-            )
+            result = recover_unit(teacher, normalize, unit, config.dataset.image_size, recover, config.seed, progress)
             save_tensors(work.folder / unit.file, vars(result))
             _show(work, unit, result)
     processes.barrier()

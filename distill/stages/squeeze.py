@@ -23,12 +23,12 @@ from distill.robustness.runner import top_accuracy
 from distill.run_folder import copy_artifact, read_manifest, save_tensors
 from distill.stages.work import Work
 from distill.training.checkpoint import Checkpoint
-from distill.training.engine import build_engine
+from distill.training.engine import Task, build_engine
 from distill.training.loop import train
 from distill.training.schedule import build_optimizer
 
 
-class SqueezeTask(nn.Module):
+class SqueezeTask(Task):
     """The whole regularised loss of a batch in one forward pass: clean loss in train mode, then the penalty.
 
     Args:
@@ -87,7 +87,7 @@ def run(work: Work) -> None:
     if config.squeeze.weights:
         indices = [info.imagenet_index for info in work.prepared.classes]
         load_initial_weights(network, config.squeeze.weights, config.teacher, indices)
-    network = network.to(processes.device, memory_format=torch.channels_last)
+    network = network.to(processes.device).to(memory_format=torch.channels_last)
     checkpoint = work.checkpoint()
     if config.squeeze.epochs:
         network = _train(work, network, checkpoint)
@@ -163,5 +163,7 @@ def _reuse(work: Work, run: Path) -> None:
     manifest = read_manifest(run / "teacher", "teacher")
     texts = work.artifact.recipe.differences(manifest["recipe"])
     if texts:
-        raise ArtifactError(f"The teacher of squeeze.reuse={run} is not the one wanted; these differ: {'; '.join(texts)}.")
+        raise ArtifactError(
+            f"The teacher of squeeze.reuse={run} is not the one wanted; these differ: {'; '.join(texts)}."
+        )
     copy_artifact(run / "teacher", work.folder)

@@ -16,13 +16,14 @@ from distill.models import Normalize, build_network, load_teacher
 from distill.randomness import seed_for
 from distill.run_folder import load_tensors, save_tensors
 from distill.stages.work import Work
+from distill.training.engine import Task
 from distill.training.loop import train
 from distill.training.processes import Processes
 from distill.training.schedule import build_optimizer
 from distill.training.torch_engine import TorchEngine
 
 
-class StudentTask(nn.Module):
+class StudentTask(Task):
     """KL to the teacher's soft labels; with hard labels the cross-entropy of the mixed classes.
 
     Args:
@@ -94,7 +95,7 @@ def _train(work: Work, distilled: DistilledSet, seed: int, processes: Processes)
         teacher = nn.Sequential(normalize, network.train(config.relabel.teacher_mode == "train"))
     loader = ViewLoader(views, config.evaluate.batch_size, seed_for(config.seed, "student", seed), labels, teacher)
 
-    network = _fresh(config, seed).to(device, memory_format=torch.channels_last)
+    network = _fresh(config, seed).to(device).to(memory_format=torch.channels_last)
     optimizer, schedule = build_optimizer(network, config.evaluate, config.relabel.epochs, len(loader))
     engine = TorchEngine(processes)
     engine.prepare(StudentTask(network.train(), normalize, config.evaluate.temperature), optimizer, schedule)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from distill.data.batch import Loader
 from distill.errors import ArtifactError
@@ -29,7 +30,7 @@ class Checkpoint:
         self.path = folder / f"{NAME}{label}"
         self.processes, self.seconds, self.saved = processes, 60 * minutes, time.monotonic()
 
-    def restore(self, engine: Engine, loader: Loader) -> bool:
+    def restore(self, engine: Engine, loader: Loader[Any]) -> bool:
         """Continue from the latest complete checkpoint. Returns whether there was one.
 
         Raises:
@@ -43,7 +44,8 @@ class Checkpoint:
             engine.load(newest)
         except (RuntimeError, KeyError, ValueError, OSError, EOFError) as error:
             raise ArtifactError(
-                f"The checkpoint {newest} cannot be read ({str(error).splitlines()[0]}); remove it to start that stage again."
+                f"The checkpoint {newest} cannot be read ({str(error).splitlines()[0]}); "
+                f"remove it to start that stage again."
             ) from error
         loader.load_state_dict(read_json(newest / "position.json"))
         return True
@@ -52,7 +54,7 @@ class Checkpoint:
         """Whether the time for another checkpoint has come."""
         return time.monotonic() - self.saved >= self.seconds
 
-    def save(self, engine: Engine, loader: Loader) -> None:
+    def save(self, engine: Engine, loader: Loader[Any]) -> None:
         """Write the present state; the old one is removed when the new one is whole. Only rank 0 writes."""
         if not self.processes.main:
             return

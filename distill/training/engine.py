@@ -15,6 +15,16 @@ from distill.errors import NonFiniteError
 from distill.training.processes import Processes
 
 
+class Task(nn.Module):
+    """The whole loss of one step: forward maps a batch to ``{"loss": scalar, named terms}``.
+
+    Attributes:
+        network: what is trained.
+    """
+
+    network: nn.Module
+
+
 class Engine(Protocol):
     """One optimiser step at a time. Every engine gives the same parameters for the same data."""
 
@@ -26,13 +36,13 @@ class Engine(Protocol):
 
     def prepare(
         self,
-        task: nn.Module,
+        task: Task,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LambdaLR,
         accumulation: int = 1,
         ema: float = 0.0,
     ) -> None:
-        """Take a task, an ``nn.Module`` whose forward maps a batch to ``{"loss": …, named terms}``.
+        """Take a task.
 
         Args:
             accumulation: micro-batches that a batch is cut into.
@@ -69,6 +79,6 @@ def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
         return
     causes = [name for name in terms if name != "loss" and not torch.isfinite(terms[name]).all()] or ["loss"]
     raise NonFiniteError(
-        f"{causes[0]} became {terms[causes[0]].item()} at step {step}; nothing of this step was kept. Lower the learning "
-        f"rate or the weight of the regulariser, and start a run with another name."
+        f"{causes[0]} became {terms[causes[0]].item()} at step {step}; nothing of this step was kept. Lower the "
+        f"learning rate or the weight of the regulariser, and start a run with another name."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from distill.data.batch import Loader
 from distill.progress import Progress
@@ -13,7 +14,7 @@ from distill.training.monitor import NullMonitor
 
 def train(
     engine: Engine,
-    loader: Loader,
+    loader: Loader[Any],
     epochs: int,
     checkpoint: Checkpoint,
     monitor: NullMonitor,
@@ -49,7 +50,9 @@ def train(
                     elapsed = time.monotonic() - began
                     values = {name: term.item() for name, term in terms.items()}
                     rates = {"images_per_second": images / elapsed, "data_wait": waited / elapsed}
-                    monitor.scalars(engine.step_count, {**values, "learning_rate": engine.learning_rate, **rates}, series)
+                    monitor.scalars(
+                        engine.step_count, {**values, "learning_rate": engine.learning_rate, **rates}, series
+                    )
                     progress.update(0, loss=f"{values['loss']:.4g}")
                     images, waited, began = 0, 0.0, time.monotonic()
                 progress.update()
@@ -57,4 +60,3 @@ def train(
                     checkpoint.save(engine, loader)
                 asked = time.monotonic()
     checkpoint.save(engine, loader)
-

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distill.config import EngineConfig
 from distill.run_folder import write_atomic
-from distill.training.engine import check_finite
+from distill.training.engine import Task, check_finite
 from distill.training.processes import Processes
 
 STATE = "state.pt"
@@ -29,14 +29,16 @@ class TorchEngine:
 
     def prepare(
         self,
-        task: nn.Module,
+        task: Task,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LambdaLR,
         accumulation: int = 1,
         ema: float = 0.0,
     ) -> None:
         self.task, self.optimizer, self.schedule, self.accumulation = task, optimizer, schedule, accumulation
-        self.average = AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+        self.average: AveragedModel | None = None
+        if ema:
+            self.average = AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
         self.wrapped: nn.Module = task
         if self.processes.world_size > 1:
             gpu = [self.processes.device] if self.processes.device.type == "cuda" else None
@@ -100,8 +102,7 @@ class TorchEngine:
         self.step_count = state["step_count"]
 
     def trained_network(self) -> nn.Module:
-        network: nn.Module = self.task.network if self.average is None else self.average.module
-        return network
+        return self.task.network if self.average is None else self.average.module
 
 
 def build(config: EngineConfig, processes: Processes) -> TorchEngine:

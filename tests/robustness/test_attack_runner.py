@@ -32,6 +32,7 @@ def test_accuracy_falls_with_the_radius(network: nn.Module, batch: Batch) -> Non
     assert accuracies[3] < 0.02
     for attack in report.attacks:
         assert not (attack.robust & ~report.clean.correct).any()
+        assert attack.as_json()["clean"] == report.clean.as_json()["top1"]
 
 
 def test_outcomes_do_not_depend_on_the_loader(network: nn.Module, batch: Batch) -> None:

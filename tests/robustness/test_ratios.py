@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distill.robustness.metrics import improved_robustness_ratio, robustness_ratio, sample_deviation, summarise
+from distill.robustness.metrics import improved_robustness_ratio, ratios, robustness_ratio, sample_deviation, summarise
 
 
 def test_ratios() -> None:
@@ -24,6 +24,13 @@ def test_undefined_ratios() -> None:
     assert improved_robustness_ratio(0.0, [0.0]) is None
 
 
+def test_ratios_compare_accuracies_on_the_same_images() -> None:
+    attacks = [{"accuracy": 0.4, "clean": 0.8}, {"accuracy": 0.6, "clean": 0.8}]
+    network = {"clean": {"top1": 0.95}, "attacks": attacks}
+    assert ratios(network)["rr"] == pytest.approx(0.25)
+    assert ratios({"clean": {"top1": 0.95}, "attacks": []}) == {"rr": None, "i_rr": None}
+
+
 def test_sample_deviation() -> None:
     assert sample_deviation([1.0, 2.0, 6.0]) == pytest.approx(7**0.5)
     assert sample_deviation([1.0]) is None
@@ -32,7 +39,7 @@ def test_sample_deviation() -> None:
 def test_summary_of_students() -> None:
     def student(clean: float, *attacked: float) -> dict[str, Any]:
         attacks = [
-            {"name": "pgd", "epsilon": epsilon, "accuracy": accuracy}
+            {"name": "pgd", "epsilon": epsilon, "accuracy": accuracy, "clean": clean}
             for epsilon, accuracy in zip((1.0, 0.5, None), attacked, strict=True)
         ]
         return {"clean": {"top1": clean, "top5": 1.0}, "attacks": attacks}

@@ -1,0 +1,108 @@
+"""Batches decoded from image files by worker processes, as they are needed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distill.data.augment import Augment, image_view
+from distill.data.crops import UNIFORMS
+from distill.data.decode import read_image
+from distill.data.samples import Samples
+from distill.data.workers import WORKER_DIED, quiet_worker
+from distill.errors import DataError
+from distill.randomness import uniforms
+
+Key = tuple[int, NDArray[np.int64]]
+"""A batch to read: its epoch and the positions of its images."""
+Columns = tuple[Tensor, Tensor, Tensor, int]
+"""Images, labels, indices and epoch of a batch."""
+
+
+def read_batches(
+    samples: Samples, keys: list[Key], size: int, augment: Augment | None, seed: int, workers: int, pin: bool
+) -> Iterator[Columns]:
+    """Read batches in order, ahead of their use where there are workers, which end with the iteration.
+
+    Args:
+        size: height and width of the views, in pixels.
+        augment: None for the view of evaluation.
+        pin: put the tensors into page-locked memory, for a GPU.
+
+    Raises:
+        DataError: naming an image that cannot be read; or when a worker dies.
+    """
+    loader = DataLoader(
+        _Files(samples, size, augment, seed),
+        sampler=keys,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=min(workers, len(keys)),
+        multiprocessing_context="fork" if min(workers, len(keys)) else None,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # Otherwise it would draw from the global one.
+        pin_memory=pin,
+    )
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        # Torch's handler would raise the death of a worker wherever the consumer happens to be; without it the
+        # death is found out here.
+        signal.signal(signal.SIGCHLD, handler)
+    try:
+        for columns in batches:
+            if isinstance(columns, str):
+                raise DataError(columns)
+            yield columns
+    except (RuntimeError, EOFError, OSError) as error:
+        if _tells_of_death(error):
+            raise DataError(WORKER_DIED) from error
+        raise
+    finally:
+        del batches  # Ends the workers now, even where an error's traceback keeps this frame.
+
+
+class _Files(Dataset[Any]):
+    """Whole batches, decoded in a worker by numpy and Pillow: torch's threads do not survive a fork."""
+
+    def __init__(self, samples: Samples, size: int, augment: Augment | None, seed: int):
+        self.samples, self.size, self.augment, self.seed = samples, size, augment, seed
+
+    def __getitem__(self, key: Key) -> Columns | str:
+        """Columns of a batch; or the message of a DataError, which a worker could only raise with a traceback."""
+        epoch, share = key
+        images = np.empty((len(share), 3, self.size, self.size), dtype=np.uint8)
+        for image, position in zip(images, share.tolist(), strict=True):
+            numbers = None
+            if self.augment is not None:
+                numbers = uniforms(self.seed, "augment", epoch, [position], UNIFORMS)
+            try:
+                image[:] = image_view(read_image(self.samples.path(position)), self.size, self.augment, numbers)
+            except DataError as error:
+                return str(error)
+        labels, indices = torch.from_numpy(self.samples.labels[share]), torch.from_numpy(share)
+        return torch.from_numpy(images), labels, indices, epoch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin_worker(worker: int) -> None:
+    quiet_worker()
+
+
+def _tells_of_death(error: Exception) -> bool:
+    """Whether an error of a DataLoader's iterator means that a worker is gone, or had no shared memory left."""
+    if isinstance(error, RuntimeError):
+        raised_there = str(error).startswith("Caught")
+        return "/torch_" in str(error) or ("DataLoader worker" in str(error) and not raised_there)
+    return True  # The worker of a batch that was announced no longer hands it over.

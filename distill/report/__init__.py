@@ -1,0 +1,58 @@
+"""Views of finished runs: tables of accuracies, grids of distilled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["compare", "write"]
+
+
+def compare(paths: Sequence[str | Path], form: str = "terminal") -> str:
+    """Runs side by side in one table.
+
+    Args:
+        paths: run folders, or experiment folders that hold several runs.
+        form: ``terminal``, ``markdown`` or ``csv``.
+
+    Raises:
+        ArtifactError: a folder does not exist or holds no run, or a ``results.json`` cannot be read.
+    """
+    from distill.report.comparison import compare_runs
+
+    table = compare_runs(paths)
+    return {"terminal": table.terminal, "markdown": table.markdown, "csv": table.csv}[form]()
+
+
+def write(folder: Path, runs: Sequence[Path]) -> None:
+    """Write the table and the pictures of an experiment, each file atomically.
+
+    ``report.md`` and ``report.csv`` in the experiment's folder; ``distilled.png`` in every run that has a complete
+    distilled set, and in the experiment's folder one with the runs above each other.
+
+    Args:
+        folder: of the experiment; the run's own where there is but one.
+        runs: run folders.
+    """
+    import torch
+
+    from distill.data import DistilledSet
+    from distill.report.comparison import compare_runs
+    from distill.report.figures import compare_grids, distilled_grid
+    from distill.run_folder import write_atomic
+
+    table = compare_runs(runs)
+    write_atomic(folder / "report.md", table.markdown())
+    write_atomic(folder / "report.csv", table.csv())
+    pictures, names = {}, []
+    for run in runs:
+        if not (run / "distilled" / "manifest.json").is_file():
+            continue
+        distilled = DistilledSet.open(run)
+        distilled_grid(distilled.images, distilled.labels, distilled.class_names, run / "distilled.png")
+        # A whole set may take gigabytes: keep what is shown.
+        first = torch.cat([(distilled.labels == label).nonzero()[:2, 0] for label in distilled.labels.unique()])
+        pictures[run.name] = distilled.images[first], distilled.labels[first]
+        names.append(distilled.class_names)
+    if len(pictures) > 1 and all(each == names[0] for each in names):
+        compare_grids(pictures, names[0], folder / "distilled.png", per_class=2)

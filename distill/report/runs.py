@@ -1,0 +1,90 @@
+"""Find finished runs on disk, and say what the others lack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import ArtifactError
+from distill.run_folder import read_json
+
+STAGES = ("teacher", "distilled", "labels", "student")
+"""Folders of a run in the order in which they are made; each is complete when its manifest is there."""
+NEEDED = ("name", "regularizer", "dataset", "ipc", "split", "students")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the content of its ``results.json``."""
+
+    path: Path
+    results: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The last part of the run's name: ``guard`` of ``demo/guard``."""
+        return str(self.results["name"]).rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class IncompleteRun:
+    """A run without ``results.json``."""
+
+    path: Path
+    missing: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.path} is not finished: it has no {', '.join(self.missing)}."
+
+
+def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[IncompleteRun]]:
+    """Runs under the given folders, in the order given.
+
+    Args:
+        paths: run folders, or folders of experiments whose sub-folders are runs (taken by name).
+
+    Raises:
+        ArtifactError: a folder does not exist or holds no run, or a ``results.json`` cannot be read.
+    """
+    finished, incomplete = [], []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ArtifactError(f"The run folder {path} does not exist.")
+        folders = [path] if _is_run(path) else sorted(folder for folder in path.iterdir() if _is_run(folder))
+        if not folders:
+            raise ArtifactError(
+                f"{path} holds no run: neither it nor a folder in it has a results.json or config.yaml."
+            )
+        for folder in folders:
+            if (folder / "results.json").is_file():
+                finished.append(Run(folder, _read(folder / "results.json")))
+            else:
+                incomplete.append(IncompleteRun(folder, _missing(folder)))
+    return finished, incomplete
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("results.json", "config.yaml"))
+
+
+def _missing(folder: Path) -> list[str]:
+    """The first folder that is not complete, and the results that wait for it."""
+    from omegaconf import OmegaConf
+
+    file = folder / "config.yaml"
+    config = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    unstored = (
+        OmegaConf.select(config, "relabel.mode") == "online" or OmegaConf.select(config, "evaluate.labels") == "hard"
+    )
+    stages = [stage for stage in STAGES if not (unstored and stage == "labels")]
+    first = next((stage for stage in stages if not (folder / stage / "manifest.json").is_file()), None)
+    return [f"complete {first}/", "results.json"] if first else ["results.json"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    results = read_json(path)
+    if not isinstance(results, dict) or any(key not in results for key in NEEDED) or not results["students"]:
+        raise ArtifactError(f"{path} is not the results of a run of this version; run guard evaluate on it again.")
+    return results

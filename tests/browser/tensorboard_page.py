@@ -1,0 +1,202 @@
+"""A real TensorBoard server, and a headless Chromium that looks at its page.
+
+``python -m tests.browser.tensorboard_page LOGDIR OUT.png`` makes a picture of the Images tab. Nothing but the loopback
+interface is used, and every process that is started here is ended by its id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+DRAWN = """
+const found = [];
+const look = root => root.querySelectorAll('*').forEach(element => {
+    if (element.shadowRoot) look(element.shadowRoot);
+    if (element.tagName === 'IMG' && element.complete && element.naturalWidth > 0 && element.offsetWidth > 0)
+        found.push([element.src, element.naturalWidth, element.naturalHeight]);
+});
+look(document);
+return found;
+"""
+"""Every picture that the page shows and has loaded, inside shadow roots too: (address, width, height)."""
+
+TEXT = """
+const words = [];
+const look = node => {
+    if (node.nodeType === Node.TEXT_NODE) words.push(node.textContent.trim());
+    else if (!['STYLE', 'SCRIPT', 'TEMPLATE'].includes(node.tagName))
+        [node.shadowRoot, node].forEach(parent => parent && parent.childNodes.forEach(look));
+};
+look(document.body);
+return words.filter(Boolean).join(' ');
+"""
+"""All words of the page, inside shadow roots too."""
+
+
+def missing_programs() -> str:
+    """Which of Chromium and its driver are not installed, for the reason of a skip; empty when both are."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return f"{' and '.join(missing)} not found: apt-get install chromium chromium-driver" if missing else ""
+
+
+@contextlib.contextmanager
+def tensorboard(logdir: Path, seconds: float = 120) -> Iterator[str]:
+    """Serve the event files under a folder on a free port of 127.0.0.1; gives the page's address."""
+    # The page shows the folder as it is given here: by its name, without the way to it.
+    where = logdir.resolve()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", where.name, "--host", "127.0.0.1", "--port", "0"]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        _ended(subprocess.Popen(command, stdout=log, stderr=log, cwd=where.parent)) as server,
+    ):
+        deadline = time.monotonic() + seconds
+        while True:
+            log.seek(0)
+            said = log.read()
+            if address := re.search(r"http://127\.0\.0\.1:\d+/", said):
+                break
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"TensorBoard did not start: {said}")
+            time.sleep(0.2)
+        yield address.group()
+
+
+@contextlib.contextmanager
+def chromium(width: int = 1400, height: int = 1000) -> Iterator[Chrome]:
+    """A headless Chromium with a new empty profile that reaches nothing but 127.0.0.1."""
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    if missing := missing_programs():
+        raise RuntimeError(missing)
+    options = ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    with tempfile.TemporaryDirectory() as profile:
+        for argument in (
+            *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
+            *("disable-component-update", "disable-sync", "disable-dev-shm-usage", "no-proxy-server"),
+            "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            *(f"user-data-dir={profile}", f"window-size={width},{height}"),
+        ):
+            options.add_argument(f"--{argument}")
+        service = Service(shutil.which("chromedriver"))
+        browser = None
+        children: list[int] = []
+        try:
+            browser = Chrome(options=options, service=service)
+            children = _descendants(service.process.pid)
+            yield browser
+        finally:
+            if service.process is not None:
+                children = [*children, *_descendants(service.process.pid)]
+            with contextlib.suppress(Exception):
+                if browser is not None:
+                    browser.quit()
+            service.stop()
+            _end(children)
+
+
+def wait_for(
+    browser: Chrome, words: Sequence[str], pictures: int = 0, seconds: float = 120
+) -> list[tuple[str, int, int]]:
+    """Wait until the page shows all words and so many loaded pictures; gives the pictures: (address, width, height).
+
+    Raises:
+        TimeoutError: naming what is missing.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        text, drawn = browser.execute_script(TEXT), browser.execute_script(DRAWN)
+        lacking = [word for word in words if word not in text]
+        if not lacking and len(drawn) >= pictures:
+            return [tuple(picture) for picture in drawn]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"The page lacks {lacking} and shows {len(drawn)} pictures of {pictures}: {text[:2000]}")
+        time.sleep(0.5)
+
+
+def screenshot(
+    logdir: Path,
+    path: Path,
+    tab: str = "images",
+    words: Sequence[str] = (),
+    pictures: int = 1,
+    width: int = 1400,
+    height: int = 1000,
+) -> None:
+    """Save a picture of a tab of TensorBoard's page.
+
+    Args:
+        logdir: folder of event files, searched recursively.
+        path: PNG file.
+        tab: ``images``, ``timeseries``, ``scalars`` or ``text``.
+        words: texts, such as tags, that must be on the page.
+        pictures: number of pictures that must be loaded.
+        width, height: of the window in pixels.
+    """
+    with tensorboard(logdir) as address, chromium(width, height) as browser:
+        browser.get(f"{address}#{tab}")
+        wait_for(browser, words, pictures)
+        browser.save_screenshot(str(path))
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    try:
+        yield process
+    finally:
+        children = _descendants(process.pid)
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        _end(children)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids of children, their children and so on."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [*children, *(grandchild for child in children for grandchild in _descendants(child))]
+
+
+def _end(pids: Sequence[int]) -> None:
+    """End what is left of our own processes, after a moment in which they may do so themselves."""
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Save a picture of a tab of TensorBoard's page.")
+    parser.add_argument("logdir", type=Path)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--tab", default="images")
+    parser.add_argument("--words", nargs="*", default=[], help="texts that must be on the page")
+    parser.add_argument("--pictures", type=int, default=1, help="pictures that must be loaded")
+    parser.add_argument("--width", type=int, default=1400)
+    parser.add_argument("--height", type=int, default=1000)
+    screenshot(**vars(parser.parse_args()))

@@ -1,0 +1,91 @@
+"""TensorBoard's page, as a person sees it, over events that the usual writer made of real digits."""
+
+from __future__ import annotations
+
+import io
+import os
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tests.browser.tensorboard_page import chromium, missing_programs, screenshot, tensorboard, wait_for
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(missing_programs()), reason=missing_programs() or "-"),
+]
+
+
+@pytest.fixture(scope="module")
+def digits() -> torch.Tensor:
+    """uint8 (10, 3, 32, 32)."""
+    scans = torch.tensor(load_digits().data[:10] * 255 / 16).round().to(torch.uint8).reshape(-1, 1, 8, 8)
+    return scans.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+
+
+@pytest.fixture(scope="module")
+def logdir(digits: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Event files with a scalar that falls, and two images at two steps."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = tmp_path_factory.mktemp("runs") / "tensorboard"
+    with SummaryWriter(str(folder)) as writer:
+        for step in (0, 100):
+            writer.add_scalar("squeeze/loss", 1 / (step + 1), step)
+            writer.add_image("recover/unit0", torch.cat(list(digits[:5]), 2), step)
+            writer.add_image("distilled/grid", torch.cat(list(digits), 2), step)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Whatever happens, the server, the driver and every process of the browser have ended."""
+    yield
+    mine = [
+        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in mine]
+    assert not [command for command in commands if b"tensorboard" in command or b"chrom" in command]
+
+
+def test_images_and_scalars_are_on_the_page(logdir: Path, digits: torch.Tensor) -> None:
+    with tensorboard(logdir) as address, chromium() as browser:
+        assert address.startswith("http://127.0.0.1:")
+        browser.get(f"{address}#images")
+        pictures = wait_for(browser, ["recover/unit0", "distilled/grid", "step", "100"], pictures=2)
+        sizes = {(width, height): source for source, width, height in pictures}
+        assert set(sizes) == {(160, 32), (320, 32)}
+        with urllib.request.urlopen(sizes[320, 32]) as answer:
+            shown = np.asarray(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+        assert np.array_equal(shown, torch.cat(list(digits), 2).permute(1, 2, 0).numpy())
+        browser.get(f"{address}#scalars")
+        wait_for(browser, ["squeeze/loss"])
+
+
+def test_a_picture_of_the_page(logdir: Path, tmp_path: Path) -> None:
+    screenshot(logdir, tmp_path / "page.png", words=["distilled/grid"], pictures=2, width=1200, height=700)
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.width == 1200
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert (pixels == 0).all(1).mean() > 0.01, "the black ground of the digits"
+
+
+def test_processes_end_although_the_visit_fails(logdir: Path) -> None:
+    started: list[int] = []
+
+    def visit() -> None:
+        with tensorboard(logdir) as address, chromium() as browser:
+            started.append(browser.service.process.pid)
+            browser.get(f"{address}#images")
+            wait_for(browser, ["no such tag"], seconds=1)
+
+    with pytest.raises(TimeoutError, match=r"lacks \['no such tag'\]"):
+        visit()
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)

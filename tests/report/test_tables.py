@@ -1,0 +1,151 @@
+"""Runs side by side, on the terminal, in Markdown and in CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.errors import ArtifactError
+from distill.report.comparison import compare_runs
+from distill.report.tables import Cell
+from distill.run_folder import write_json
+from tests.report.conftest import RunMaker, network
+
+PLAIN = {"name": "none", "weight": None, "options": {}}
+CURVATURE = {"name": "curvature", "weight": 1.0, "h": 1.5, "steps": None, "options": {}}
+
+
+def students(clean: list[float], at8: list[float], at16: list[float]) -> list[dict[str, Any]]:
+    return [
+        network(seed, c, {("pgd20", 8.0): a, ("pgd20", 16.0): b})
+        for seed, (c, a, b) in enumerate(zip(clean, at8, at16, strict=True))
+    ]
+
+
+@pytest.fixture
+def experiment(make_run: RunMaker) -> Path:
+    make_run("demo/sre2l", PLAIN, students([0.996, 0.994], [0.875, 0.855], [0.291, 0.311]))
+    guard = students([0.998, 0.992], [0.930, 0.932], [0.560, 0.564])
+    published = {"guard": {"clean": 57.93, "pgd20": 23.87, "pgd20@16": 12.5}}
+    return make_run("demo/guard", CURVATURE, guard, published=published).parent
+
+
+def test_two_runs_on_a_terminal(experiment: Path) -> None:
+    text = compare_runs([experiment]).terminal()
+    assert "mean ± sample standard deviation over students" in text.splitlines()[0]
+    assert "data digits, method sre2l, IPC 10, split test, students 2, images 500" in text
+    lines = {(line.split()[0], "teacher" in line): line for line in text.splitlines()[2:] if line}
+    guard = lines[("guard", False)]
+    assert "curvature λ=1 h=1.5" in guard
+    assert "99.5 ± 0.4 (paper 57.93)" in guard
+    assert "93.1 ± 0.1 " in guard, "the paper's pgd20 is at 1/255, not at 8/255"
+    assert "56.2 ± 0.3 (paper 12.5)" in guard
+    assert "99.1" in lines[("guard", True)]
+    assert "60.0" in lines[("guard", True)]
+    assert "±" not in lines[("guard", True)]
+
+
+def test_markdown_has_the_best_student_and_teacher_in_bold(experiment: Path) -> None:
+    rows = [
+        line
+        for line in compare_runs([experiment / "sre2l", experiment / "guard"]).markdown().splitlines()
+        if "|" in line
+    ]
+    header, body = (
+        [c.strip() for c in rows[0].split("|")[1:-1]],
+        [[c.strip() for c in r.split("|")[1:-1]] for r in rows[2:]],
+    )
+    assert header == ["run", "regularizer", "network", "clean", "pgd20@8", "pgd20@16", "RR", "I-RR", "BN loss"]
+    assert [(row[0], row[2]) for row in body] == [
+        *(("sre2l", "student"), ("guard", "student"), ("sre2l", "teacher"), ("guard", "teacher")),
+    ]
+    assert [row[4] for row in body] == ["86.5 ± 1.4", "**93.1 ± 0.1**", "**90.0**", "**90.0**"]
+    assert body[1][5] == "**56.2 ± 0.3** (paper 12.5)"
+    assert body[0][8] == "**5.10**"
+    assert body[2][8] == "–"
+
+
+def test_csv_can_be_read_back(experiment: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(compare_runs([experiment]).csv())))
+    assert len(rows) == 4
+    guard = rows[0]
+    assert (guard["run"], guard["regularizer"], guard["network"]) == ("guard", "curvature λ=1 h=1.5", "student")
+    assert float(guard["pgd20@16"]) == pytest.approx(56.2)
+    assert float(guard["pgd20@16 sd"]) == pytest.approx(0.2828, abs=1e-3)
+    assert (guard["clean published"], guard["pgd20@8 published"], guard["data"]) == ("57.93", "", "digits")
+    assert rows[2]["pgd20@16 sd"] == ""
+
+
+def test_what_differs_gets_a_column(make_run: RunMaker) -> None:
+    one = make_run("ipc10", PLAIN, [network(0, 0.5, {("cw", None): 0.4})], teacher=None)
+    two = make_run("ipc50", PLAIN, [network(0, 0.6, {("mim", 1.0): 0.6})], ipc=50, teacher=None, recover={})
+    table = compare_runs([one, two])
+    header = table.markdown().splitlines()[2]
+    assert [c.strip() for c in header.split("|")[1:-1]] == [
+        *("run", "regularizer", "network", "IPC", "clean", "cw", "mim@1", "RR", "I-RR", "BN loss"),
+    ]
+    assert "IPC" not in table.caption
+    assert "±" not in table.caption
+    assert [(row.run, row.network) for row in table.rows] == [
+        *(("ipc10", "student"), ("ipc50", "student"), ("ipc10", "teacher")),
+    ]
+    assert table.rows[2].cells == {"clean": Cell(pytest.approx(99.1))}
+    assert "RR" not in table.rows[1].cells, "clean = attacked: undefined"
+
+
+def test_runs_of_the_same_last_name_keep_their_whole_name(make_run: RunMaker) -> None:
+    student = [network(0, 0.5, {})]
+    table = compare_runs([make_run("a/guard", CURVATURE, student), make_run("b/guard", CURVATURE, student)])
+    assert [row.run for row in table.rows] == ["a/guard", "b/guard"] * 2
+
+
+def test_different_attacks_under_one_name_are_remarked(make_run: RunMaker) -> None:
+    one = make_run("one", PLAIN, [network(0, 0.5, {("pgd20", 8.0): 0.4})])
+    two = make_run("two", PLAIN, [network(1, 0.5, {("pgd20", 8.0): 0.4}, batch_size=50)])
+    assert compare_runs([one]).remarks == []
+    (remark,) = compare_runs([one, two]).remarks
+    assert remark == "The attack pgd20@8 did not have the same settings and number of images in every run."
+    assert f"- {remark}" in compare_runs([one, two]).markdown()
+
+
+def test_incomplete_runs_are_named(experiment: Path) -> None:
+    third = experiment / "slow"
+    third.mkdir()
+    (third / "config.yaml").write_text("relabel: {mode: stored}\n")
+    write_json(third / "teacher" / "manifest.json", {})
+    write_json(third / "distilled" / "recipe.json", {})
+    (experiment / "notes").mkdir()
+    table = compare_runs([experiment])
+    assert len(table.rows) == 4
+    assert str(table.incomplete[0]) == f"{third} is not finished: it has no complete distilled/, results.json."
+    assert table.terminal().endswith(str(table.incomplete[0]))
+    write_json(third / "distilled" / "manifest.json", {})
+    assert compare_runs([third]).incomplete[0].missing == ["complete labels/", "results.json"]
+    for unstored in ("relabel: {mode: online}\n", "evaluate: {labels: hard}\n"):
+        (third / "config.yaml").write_text(unstored)
+        assert compare_runs([third]).incomplete[0].missing == ["complete student/", "results.json"]
+    assert compare_runs([third]).terminal().startswith("No finished run.")
+
+
+def test_fewer_images_attacked_than_tested(make_run: RunMaker) -> None:
+    student = network(0, 0.5, {("pgd20", 8.0): 0.4})
+    student["attacks"][0]["count"] = 100
+    assert "images 500 (100 attacked)" in compare_runs([make_run("one", PLAIN, [student])]).caption
+
+
+def test_wrong_folders_are_one_sentence(experiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"The run folder .*nowhere does not exist\."):
+        compare_runs([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtifactError, match="empty holds no run"):
+        compare_runs([tmp_path / "empty"])
+    (experiment / "guard" / "results.json").write_text('{"name": "x"')
+    with pytest.raises(ArtifactError, match="is damaged"):
+        compare_runs([experiment])
+    write_json(experiment / "guard" / "results.json", {"name": "x"})
+    with pytest.raises(ArtifactError, match="not the results of a run of this version"):
+        compare_runs([experiment])
