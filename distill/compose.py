@@ -121,6 +121,8 @@ def _one_sentence(error: Exception) -> str:
         if not isinstance(inner, OmegaConfBaseException | HydraException):
             break
         error = inner
+    if key and "is not in struct" in str(error):
+        return f"{key} does not exist; write +{key}=… to add it."
     cause = re.sub(r"\s+", " ", str(error).split("\n")[0]).rstrip(".")
     place = file.group() if file and not cause.startswith(file.group()) else ""
     named = f"{key}: " if key and str(key) not in cause else ""

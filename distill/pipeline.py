@@ -121,6 +121,8 @@ def _run_one(config: Config, command: str, group: Processes) -> bool:
         artifact = _artifact(stage, config, folder, prepared)
         if artifact.complete and (stage.makes != "outcomes" or (folder / "results.json").is_file()):
             _say(group, config, stage, "complete")
+            if group.main:
+                artifact.sweep()
             continue
         _work(stage, artifact, config, folder, prepared, group)
         _say(group, config, stage, "complete")

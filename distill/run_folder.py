@@ -2,7 +2,7 @@
 
 An artifact is a folder. ``recipe.json`` is written when work on it begins and says what it is made from;
 ``manifest.json`` is written last, so a folder with a manifest is complete and one without is resumed. Every file is
-written to a temporary name, synchronised and renamed.
+written to a temporary name, synchronised and renamed. Names that begin with a dot are passing and belong to no one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -148,11 +148,17 @@ class Artifact:
         return False
 
     def begin(self) -> None:
-        """Make the folder and write down the recipe; what lies in it already is kept and resumed."""
+        """Make the folder and write down the recipe; what was made from it already is kept and resumed.
+
+        Raises:
+            ArtifactError: when files without a recipe lie there.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.rglob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        _remove(self.folder.glob(".*.tmp"))
         if not (self.folder / "recipe.json").is_file():
+            unknown = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not self._passing(path)]
+            if unknown:
+                raise ArtifactError(f"{unknown[0]} is of unknown origin; remove {self.folder} and run it again.")
             write_json(self.folder / "recipe.json", {"kind": self.kind, "recipe": self.recipe.as_json()})
 
     def finish(self, **content: Any) -> None:
@@ -170,7 +176,10 @@ class Artifact:
             **content,
         }
         write_json(self.folder / "manifest.json", {**body, "fingerprint": digest(body)})
-        (self.folder / "recipe.json").unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Remove checkpoints that a kill has left behind in a complete artifact."""
+        _remove(self.folder.glob(".*"))
 
     def _passing(self, path: Path) -> bool:
         """Whether a file is not a part of the artifact: recipe, manifest, checkpoints and temporary files."""
@@ -215,6 +224,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if manifest.get("format") != f"guard-{kind}" or manifest.get("version") != FORMAT_VERSION:
         raise ArtifactError(f"{folder} is not a {kind} of format version {FORMAT_VERSION}.")
     return dict(manifest)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def copy_artifact(source: Path, target: Path) -> None:

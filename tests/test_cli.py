@@ -1,0 +1,131 @@
+"""The front door, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill.cli import main
+from distill.data import DistilledSet
+from tests.running import SMALL, command, guard
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The demo with a tiny budget: two runs under one name."""
+    folder = tmp_path_factory.mktemp("experiment")
+    small = [text for text in SMALL if not text.startswith("dataset=")]
+    arguments = ["experiment=demo", *small, "recover.images_per_class=1", "recover.snapshots=[0,10]", "name=small"]
+    arguments += [f"run_root={folder / 'runs'}", f"data_root={folder / 'data'}"]
+    done = guard([*command(folder)[:3], "run", *arguments])
+    assert done.returncode == 0, done.stderr
+    assert "sre2l" in done.stdout
+    assert "guard" in done.stdout
+    return folder, arguments
+
+
+def test_an_experiment_is_two_runs_and_one_report(experiment: tuple[Path, list[str]]) -> None:
+    folder = experiment[0] / "runs/small"
+    assert (folder / "report.md").is_file()
+    for arm, regularizer in (("sre2l", "none"), ("guard", "curvature")):
+        results = json.loads((folder / arm / "results.json").read_text())
+        assert results["regularizer"]["name"] == regularizer
+        assert results["teacher"]["clean"]["count"] == 500
+        (student,) = results["students"]
+        assert [(a["name"], a["epsilon"], a["count"]) for a in student["attacks"]] == [
+            ("pgd20", 4, 100),
+            ("pgd20", 16, 100),
+        ]
+        assert student["attacks"][0]["specification"]["attack"] == "PGD"
+        assert results["recover"]["bn_loss"] > 0
+        assert results["provenance"]["command"]
+        assert len(results["config_fingerprint"]) == 64
+        assert (folder / arm / "distilled.png").is_file()
+        assert yaml.safe_load((folder / arm / "config.yaml").read_text())["regularizer"]["name"] == regularizer
+
+
+def test_a_second_run_touches_nothing(experiment: tuple[Path, list[str]]) -> None:
+    folder, arguments = experiment
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    began = time.monotonic()
+    done = guard([*command(folder)[:3], "run", *arguments])
+    assert time.monotonic() - began < 60
+    assert done.returncode == 0, done.stderr
+    stages = [line for line in done.stdout.splitlines() if line.endswith(" complete")]
+    assert len(stages) == 10
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_metrics_and_tensorboard_hold_every_stage(experiment: tuple[Path, list[str]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = experiment[0] / "runs/small/guard"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"teacher", "distilled", "labels", "student", "outcomes"}
+    step = next(line for line in lines if line["stage"] == "teacher" and "loss" in line)
+    terms = {
+        "loss",
+        "cross_entropy",
+        "penalty",
+        "curvature",
+        "accuracy",
+        "learning_rate",
+        "images_per_second",
+        "data_wait",
+    }
+    assert terms <= set(step)
+    tags: set[str] = set()
+    for stage in ("teacher", "distilled", "student", "outcomes"):
+        events = EventAccumulator(str(folder / "tensorboard" / stage)).Reload().Tags()
+        tags |= {*events["scalars"], *events["images"], *events["tensors"]}
+    wanted = {"teacher/curvature", "distilled/images", "distilled/distilled", "distilled/unit_00000/batchnorm_matching"}
+    wanted |= {"student/seed0/loss", "outcomes/seed0/pgd20@16", "outcomes/attacks/text_summary", "teacher/test/top1"}
+    assert wanted <= tags
+
+
+def test_the_distilled_set_is_a_torch_data_set(experiment: tuple[Path, list[str]]) -> None:
+    distilled = DistilledSet.open(experiment[0] / "runs/small/guard")
+    assert len(distilled) == 20
+    image, label = distilled[3]
+    assert tuple(image.shape) == (3, 32, 32)
+    assert int(label) == 3
+    views = list(distilled.views(4, batch_size=8))
+    assert [len(images) for images, _ in views] == [8, 8, 4]
+    assert views[0][1].shape == (8, 10)
+
+
+def test_report_formats(experiment: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    runs = str(experiment[0] / "runs/small")
+    for form, mark in (("terminal", "pgd20@16"), ("markdown", "|"), ("csv", ",")):
+        assert main(["report", runs, "--format", form]) == 0
+        assert mark in capsys.readouterr().out
+    assert main(["report", str(experiment[0] / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    from distill.compose import options
+
+    shown = ""
+    for name in ("prepare", "squeeze", "recover", "relabel", "evaluate", "run", "config"):
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        shown += capsys.readouterr().out
+    assert [key for key, _, _ in options() if f"  {key} (" not in shown] == []
+
+
+def test_config_prints_what_is_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "experiment=demo", "arm=guard", "squeeze.epochs=3"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["regularizer"]["name"], printed["squeeze"]["epochs"], printed["name"]) == (
+        "curvature",
+        3,
+        "demo/guard",
+    )
+    assert main(["config", "experiment=demo", "arm=nope"]) == 2
+    assert "sre2l, guard" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Faults from outside: one sentence on stderr, the right exit code, no traceback; nothing is lost or overwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import command, contents, guard
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    done = guard(command(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def sentence(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The one sentence of a failure."""
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("guard: ")]
+    assert len(told) == 1, done.stderr
+    return told[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("recover.itertions=3", ["Unknown key recover.itertions", "recover.iterations"]),
+        ("recover.iterations=many", ["recover.iterations", "'many'", "Integer"]),
+        ("recover.iterations=0", ["recover.iterations=0", "at least 1"]),
+        ("regularizer=curvatur", ["regularizer=curvatur", "curvature, curvature_norm"]),
+        ("regularizer.h=3", ["regularizer.h", "regularizer=none"]),
+        ("attacks.suite={x: {attack: PGD}}", ["+attacks.suite.x="]),
+        ("+attacks.suite.x={attack: Nope}", ["attacks.suite.x.attack=Nope", "PGD"]),
+        ("+attacks.suite.pgd20.step=3", ["attacks.suite.pgd20.step", "steps"]),
+    ],
+)
+def test_wrong_options_stop_before_any_work(tmp_path: Path, override: str, words: list[str]) -> None:
+    told = sentence(guard(command(tmp_path, override)), 2)
+    assert all(word in told for word in words), told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_usage() -> None:
+    done = guard([*command(Path())[:3], "nonsense"])
+    assert done.returncode == 2
+    assert "invalid choice" in done.stderr
+
+
+def test_missing_data_folder(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    told = sentence(guard(command(tmp_path, f"dataset.source={missing}")), 1)
+    assert str(missing) in told
+    told = sentence(guard(command(tmp_path, stage="recover")), 1)
+    assert "guard prepare" in told
+
+
+def test_a_corrupt_image_is_named(run: Path, tmp_path: Path) -> None:
+    source = run / "source"
+    for split, images in (("train", 9), ("test", 3)):
+        for label in range(10):
+            folder = source / split / str(label)
+            folder.mkdir(parents=True)
+            found = sorted((run / "data/digits").rglob(f"{split}/{label}/*.png"))[:images]
+            assert len(found) == images
+            for image in found:
+                shutil.copy(image, folder)
+    broken = sorted((source / "train/3").glob("*.png"))[0]
+    broken.write_bytes(broken.read_bytes()[:40])
+    arguments = command(tmp_path / "other", f"dataset.source={source}", stage="prepare")
+    assert broken.name in sentence(guard(arguments), 1)
+    assert not (tmp_path / "other/data/digits/manifest.json").exists()
+    assert guard([*arguments, "dataset.on_corrupt=skip"]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("teacher/weights.safetensors", "recover"),
+        ("distilled/unit_00001.safetensors", "relabel"),
+        ("labels/epoch_0002.safetensors", "evaluate"),
+    ],
+)
+def test_a_truncated_shard_is_named(run: Path, name: str, stage: str) -> None:
+    folder = run / "runs/run"
+    shard = folder / name
+    shard.write_bytes(shard.read_bytes()[:100])
+    before = contents(folder)
+    told = sentence(guard(command(run)), 1)
+    assert shard.name in told
+    assert contents(folder) == before
+    # The next stage, asked for alone and not yet made, does not take it for whole either.
+    made = {"recover": ["distilled"], "relabel": ["labels"], "evaluate": ["student", "outcomes"]}[stage]
+    for each in made:
+        shutil.rmtree(folder / each)
+    told = sentence(guard(command(run, stage=stage)), 1)
+    assert shard.name in told
+
+
+def test_a_truncated_shard_of_an_unfinished_stage_is_named(run: Path) -> None:
+    folder = run / "runs/run"
+    (folder / "distilled/manifest.json").unlink()
+    shard = folder / "distilled/unit_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    told = sentence(guard(command(run, stage="recover")), 1)
+    assert shard.name in told
+    shard.unlink()
+    assert guard(command(run, stage="recover")).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "folder"),
+    [("squeeze.lr=0.06", "teacher"), ("recover.bn_weight=0.02", "distilled"), ("attacks.epsilon=[8]", "outcomes")],
+)
+def test_a_changed_config_is_refused_and_named(run: Path, override: str, folder: str) -> None:
+    before = contents(run / "runs/run")
+    told = sentence(guard(command(run, override)), 1)
+    key = override.split("=")[0]
+    assert key in told
+    assert f"runs/run/{folder}" in told
+    assert contents(run / "runs/run") == before
+
+
+def test_nan_names_step_and_term(tmp_path: Path) -> None:
+    told = sentence(guard(command(tmp_path, "squeeze.lr=1e20", stage="squeeze")), 1)
+    assert "cross_entropy became nan at step" in told
+    assert not (tmp_path / "runs/run/teacher/manifest.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs mount")
+@pytest.mark.parametrize("tensorboard", ["true", "false"])
+def test_a_full_disk_loses_nothing(finished: Path, small_disk: Path, tmp_path: Path, tensorboard: str) -> None:
+    shutil.copytree(finished / "data", tmp_path / "data")
+    (small_disk / "runs").mkdir()
+    (tmp_path / "runs").symlink_to(small_disk / "runs")
+    arguments = command(tmp_path, f"monitor.tensorboard={tensorboard}")
+    told = sentence(guard(arguments), 1)
+    assert "No space is left on the device" in told
+    subprocess.run(["mount", "-o", "remount,size=60m", small_disk], check=True)
+    done = guard(arguments)
+    assert done.returncode == 0, done.stderr
+    mine, theirs = contents(small_disk / "runs/run"), contents(finished / "runs/run")
+    for content in (mine, theirs):
+        del content["config.yaml"]
+    assert [name for name in theirs if mine.get(name) != theirs[name]] == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = guard([*command(tmp_path, "recover.iterations=0"), "--debug"])
+    assert "Traceback" in done.stderr
