@@ -119,11 +119,17 @@ def _arms(config: Config, overrides: Sequence[str], folder: str | None) -> list[
     given = {text.split("=", 1)[0].lstrip("+~") for text in overrides}
     configs = []
     for arm in [config.arm] if config.arm else config.arms:
-        own = [text for text in config.arms[arm] if text.split("=", 1)[0] not in given]
+        own = [text for text in config.arms[arm] if not given & _names(text)]
         mine = compose([*own, *overrides], folder)
         mine.name = f"{config.name}/{arm}"
         configs.append(mine)
     return configs
+
+
+def _names(override: str) -> set[str]:
+    """The key that an override sets, and the config groups above it: a group that is given replaces an arm's options."""
+    key = override.split("=", 1)[0]
+    return {key} | {key[:end] for end, character in enumerate(key) if character == "."}
 
 
 def _report(config: Config, configs: Sequence[Config], worked: bool) -> None:

@@ -127,5 +127,8 @@ def test_config_prints_what_is_resolved(capsys: pytest.CaptureFixture[str]) -> N
         3,
         "demo/guard",
     )
+    assert main(["config", "experiment=demo", "arm=guard", "regularizer=gradient_norm", "regularizer.weight=2"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["regularizer"]
+    assert (printed["name"], printed["weight"], printed["h"]) == ("gradient_norm", 2, None)
     assert main(["config", "experiment=demo", "arm=nope"]) == 2
     assert "sre2l, guard" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from distill.stages.squeeze import build_task
 from distill.training.processes import Processes
 from distill.training.schedule import build_optimizer
 from distill.training.torch_engine import TorchEngine
+from launchers.torchrun import threads
 from tests.running import SMALL, command, contents, guard, torchrun
 
 pytestmark = pytest.mark.distributed
@@ -101,6 +103,19 @@ def test_a_divided_batch_is_exact_in_float64(alone: Path) -> None:
     assert engine.step_count == 20
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_launcher_divides_the_cores(alone: Path, tmp_path: Path) -> None:
+    assert [threads(2, 16), threads(3, 8), threads(4, 2)] == [8, 2, 1]
+    shutil.copytree(alone / "runs/run/teacher", tmp_path / "runs/run/teacher")
+    shutil.copytree(alone / "data", tmp_path / "data")
+    guard_command = command(tmp_path, "recover.ipc=3", stage="recover")[3:]
+    done = guard([sys.executable, "-m", "launchers.torchrun", "2", *guard_command])
+    assert done.returncode == 0, done.stderr
+    provenance = json.loads((tmp_path / "runs/run/provenance.json").read_text())
+    assert provenance["distilled"][0]["world_size"] == 2
+    done = guard([sys.executable, "-m", "launchers.torchrun", "0", "run"])
+    assert done.returncode == 2
 
 
 def test_a_batch_that_does_not_divide_is_refused(alone: Path, tmp_path: Path) -> None:
