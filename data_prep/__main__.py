@@ -10,7 +10,7 @@ from pathlib import Path
 from data_prep.prepare import prepare
 from data_prep.verify import verify
 from distill.compose import compose
-from distill.errors import GuardError
+from distill.errors import sentence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{chosen.folder}: {verify(chosen.folder)} images are as they were prepared.")
         else:
             print(prepare(compose(chosen.overrides)).describe())
-    except (GuardError, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if chosen.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, GuardError) else 1
+        print(f"data_prep: {sentence(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
     return 0
 
 

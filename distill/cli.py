@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import textwrap
 import threading
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from omegaconf import OmegaConf
 from distill import __version__
 from distill.compose import compose, group_choices, options
 from distill.config import Config
-from distill.errors import ConfigError, GuardError
+from distill.errors import ConfigError, sentence
 
 COMMANDS = {
     "prepare": "import a data set, check every image, freeze the class order",
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     if not parsed.debug:
         # A thread of TensorBoard that meets a full disk is heard of in the main thread, as one sentence.
-        threading.excepthook = lambda failure: None
+        threading.excepthook = _heard_elsewhere
     try:
         return _dispatch(parsed)
     except KeyboardInterrupt:
@@ -56,23 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if parsed.debug:
             raise
-        print(f"guard: {_sentence(error)}", file=sys.stderr)
+        print(f"guard: {sentence(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
-def _sentence(error: BaseException) -> str:
-    if isinstance(error, GuardError):
-        return str(error)
-    if isinstance(error, OSError):
-        place = f" at {error.filename}" if error.filename else ""
-        if error.errno == errno.ENOSPC:
-            return f"No space is left on the device{place}; free some and run the same command again."
-        return f"{error.strerror or error}{place}; what is finished is kept, the same command continues."
-    if "out of memory" in str(error):
-        return f"The GPU is out of memory ({str(error).splitlines()[0]}); use smaller batches or more accumulation."
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}: {text}. --debug shows the traceback."
+def _heard_elsewhere(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer hands an OSError on to the main thread; any other failure of a thread is told here."""
+    if failure.exc_value is not None and not isinstance(failure.exc_value, OSError):
+        print(f"guard: in a thread: {sentence(failure.exc_value)}", file=sys.stderr)
 
 
 def _dispatch(parsed: argparse.Namespace) -> int:
@@ -81,66 +70,68 @@ def _dispatch(parsed: argparse.Namespace) -> int:
 
         print(compare([Path(run) for run in parsed.runs], parsed.format))
         return 0
-    config = compose(parsed.overrides, parsed.config_dir)
+    configs = _configs(parsed.overrides, parsed.config_dir)
     if parsed.command == "prepare":
-        _prepare(config, say=True)
+        from data_prep import prepare
+
+        print(prepare(configs[0]).describe())
         return 0
-    configs = _arms(config, parsed.overrides, parsed.config_dir)
     if parsed.command == "config":
         for each in configs:
             print(OmegaConf.to_yaml(OmegaConf.structured(each)), end="---\n" if len(configs) > 1 else "")
         return 0
-    if os.environ.get("RANK", "0") == "0" and parsed.command in ("run", "squeeze", "evaluate"):
-        _prepare(config, say=False)
+    from data_prep import prepare
     from distill import pipeline
 
-    worked = pipeline.run(configs, parsed.command)
-    if parsed.command == "run" and os.environ.get("RANK", "0") == "0":
-        _report(config, configs, worked)
+    pipeline.run(configs, parsed.command, prepare)
+    if os.environ.get("RANK", "0") == "0" and parsed.command in ("run", "recover", "evaluate"):
+        _report(configs, parsed.command)
     return 0
 
 
-def _prepare(config: Config, say: bool) -> None:
-    from data_prep import prepare
-
-    prepared = prepare(config)
-    if say:
-        print(f"{prepared.name}: prepared in {Path(config.data_root) / config.dataset.name}")
-
-
-def _arms(config: Config, overrides: Sequence[str], folder: str | None) -> list[Config]:
-    """The configurations of an experiment: one for each arm, or just the one."""
-    if not config.arms:
-        if config.arm:
-            raise ConfigError(f"arm={config.arm}: this configuration has no arms.")
-        return [config]
-    if config.arm and config.arm not in config.arms:
-        raise ConfigError(f"arm={config.arm} is not one of: {', '.join(config.arms)}.")
+def _configs(overrides: Sequence[str], folder: str | None) -> list[Config]:
+    """The configurations that a command line asks for: one for each arm of an experiment, or just the one."""
     given = {text.split("=", 1)[0].lstrip("+~") for text in overrides}
+    # Other options may fit one arm only, so that they wait until the arms are known.
+    config = compose([text for text in overrides if text.split("=", 1)[0] in ("experiment", "name", "arm")], folder)
+    if not config.arms:
+        config = compose(overrides, folder)
+    if config.arm and config.arm not in config.arms:
+        raise ConfigError(f"arm={config.arm} is not one of: {', '.join(config.arms) or 'none, for there are no arms'}.")
+    if _departs(given):
+        config.published = {}
     configs = []
     for arm in [config.arm] if config.arm else config.arms:
         own = [text for text in config.arms[arm] if not given & _names(text)]
         mine = compose([*own, *overrides], folder)
         mine.name = f"{config.name}/{arm}"
+        mine.published = {arm: config.published[arm]} if arm in config.published else {}
         configs.append(mine)
-    return configs
+    return configs or [config]
+
+
+def _departs(given: set[str]) -> bool:
+    """Whether overrides change more than seeds, places and speed: then published accuracies do not stand beside."""
+    harmless = {key for key, _, field in options() if not field.metadata["result"]}
+    return bool(given - harmless - {"experiment", "engine", "loader", "seed", "evaluate.seeds"})
 
 
 def _names(override: str) -> set[str]:
-    """The key that an override sets, and the config groups above it: a group that is given replaces an arm's options."""
+    """The key that an override sets and the groups above it: a group that is given replaces an arm's options."""
     key = override.split("=", 1)[0]
     return {key} | {key[:end] for end, character in enumerate(key) if character == "."}
 
 
-def _report(config: Config, configs: Sequence[Config], worked: bool) -> None:
-    """The table of an experiment's runs on stdout; figures and tables beside them."""
+def _report(configs: Sequence[Config], command: str) -> None:
+    """Pictures and tables beside the runs, where they are missing or old; after the last stage the table on stdout."""
     from distill import report
 
-    folders = [Path(each.run_root) / each.name for each in configs]
-    if worked:
-        report.write(Path(config.run_root) / config.name, folders)
-    print(report.compare(folders, "terminal"))
-    print(f"TensorBoard: tensorboard --logdir {Path(config.run_root) / config.name}")
+    runs = [Path(each.run_root) / each.name for each in configs]
+    folder = runs[0].parent if configs[0].arms else runs[0]
+    report.write(folder, runs)
+    if command != "recover":
+        print(report.compare(runs, "terminal"))
+        print(f"TensorBoard: tensorboard --logdir {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,6 +180,7 @@ def _option_list(command: str) -> str:
         extra += [f"one of {', '.join(field.metadata['choices'])}"] if field.metadata["choices"] else []
         extra += [f"at least {field.metadata['low']:g}"] if field.metadata["low"] is not None else []
         extra += [f"at most {field.metadata['high']:g}"] if field.metadata["high"] is not None else []
+        extra += [f"less than {field.metadata['below']:g}"] if field.metadata["below"] is not None else []
         extra += [f"greater than {field.metadata['above']:g}"] if field.metadata["above"] is not None else []
         text = f"{help} ({'; '.join(extra)})" if extra else help
         lines.append(f"  {key} ({name}, {default!r})")

@@ -140,7 +140,7 @@ def _check_regularizer(config: Config, file: Path) -> None:
             raise ConfigError(
                 f"regularizer.{f.name} is not an option of regularizer={config.regularizer.name}, "
                 f"which takes: {', '.join(sorted(map(str, taken))) or 'none'}"
-                f"{'; arm=NAME chooses one arm of an experiment' if config.arms else ''}."
+                f"{'; arm=NAME chooses another arm of the experiment' if config.arms else ''}."
             )
         if value is None and f.name in taken:
             raise ConfigError(f"regularizer.{f.name} of regularizer={config.regularizer.name} must be set.")

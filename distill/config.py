@@ -21,6 +21,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] = (),
     length: int | None = None,
     result: bool = True,
@@ -29,13 +30,13 @@ def option(
 
     Args:
         low, high: inclusive limits; of every element where the option is a list.
-        above: exclusive lower limit.
+        above, below: exclusive limits.
         choices: the allowed values of a string.
         length: the number of elements that a list must have.
         result: False when the value cannot change what a stage computes.
     """
     metadata: dict[str, Any] = {"help": help, "unit": unit, "choices": choices, "length": length, "result": result}
-    metadata |= {"low": low, "high": high, "above": above}
+    metadata |= {"low": low, "high": high, "above": above, "below": below}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -64,7 +65,8 @@ class DatasetConfig:
     image_size: int = option(224, "height and width that the networks see", unit="pixels", low=8)
     stored_size: int = option(
         0,
-        "decode once, resize and centre-crop to this square, keep in memory; 0: decode each time",
+        "decode once, resize and centre-crop to this square, keep in memory; tests then see the centre of the square. "
+        "0: decode each time; tests see the centre of the image at 256/224 of image_size",
         unit="pixels",
         low=0,
     )
@@ -114,9 +116,9 @@ class SqueezeConfig:
         "statistics of each rank, of all ranks (GPU only), or frozen as in the initial weights",
         choices=("local", "sync", "frozen"),
     )
-    ema: float = option(0.0, "decay of an exponential moving average that becomes the teacher; 0: off", low=0, high=1)
+    ema: float = option(0.0, "decay of an exponential moving average that becomes the teacher; 0: off", low=0, below=1)
     weights: str = option(
-        "", "initial weights: a .safetensors file, or torchvision:NAME such as torchvision:IMAGENET1K_V1"
+        "", "initial weights: a .safetensors file, or torchvision:NAME such as torchvision:IMAGENET1K_V1", result=False
     )
     reuse: str = option("", "run folder whose finished teacher is taken, if made with the same options", result=False)
     crop: str = option(
@@ -154,7 +156,7 @@ class RecoverConfig:
     classes_per_unit: int = option(100, "at most this many classes in one unit of work", low=1)
     iterations: int = option(2000, "optimisation steps of a unit", low=1)
     lr: float = option(0.25, "learning rate of Adam, cosine to 0", above=0)
-    betas: list[float] = option([0.5, 0.9], "β of Adam", length=2, low=0, high=1)
+    betas: list[float] = option([0.5, 0.9], "β of Adam", length=2, low=0, below=1)
     bn_weight: float = option(0.01, "r_bn, the weight of batch-norm matching", low=0)
     first_bn_multiplier: float = option(10.0, "factor of the first batch-norm layer in the matching", low=0)
     crop: bool = option(True, "each iteration sees a random resized crop of the batch")
@@ -312,6 +314,8 @@ def _check_value(key: str, value: Any, limits: dict[str, Any]) -> None:
             raise ConfigError(f"{key}={value} must be at least {limits['low']:g}.")
         if limits["high"] is not None and element > limits["high"]:
             raise ConfigError(f"{key}={value} must be at most {limits['high']:g}.")
+        if limits["below"] is not None and element >= limits["below"]:
+            raise ConfigError(f"{key}={value} must be less than {limits['below']:g}.")
         if limits["above"] is not None and element <= limits["above"]:
             raise ConfigError(f"{key}={value} must be greater than {limits['above']:g}.")
 
@@ -319,7 +323,7 @@ def _check_value(key: str, value: Any, limits: dict[str, Any]) -> None:
 def _check_together(config: Config) -> None:
     """Limits that tie two options together."""
     c = config
-    if not c.name.strip() or Path(c.name).is_absolute() or ".." in Path(c.name).parts:
+    if not Path(c.name).parts or Path(c.name).is_absolute() or ".." in Path(c.name).parts:
         raise ConfigError(f"name={c.name!r} must name a folder inside run_root.")
     for stage in ("squeeze", "recover", "relabel"):
         scale = getattr(c, stage).crop_scale
@@ -329,6 +333,16 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"recover.images_per_class={c.recover.images_per_class} must divide recover.ipc={c.recover.ipc}."
         )
+    if c.teacher.network == "convnet":
+        raise ConfigError("teacher.network=convnet has no batch norm, whose statistics recovery matches; use a ResNet.")
+    for stage, epochs in (("squeeze", c.squeeze.epochs), ("evaluate", c.relabel.epochs)):
+        own = getattr(c, stage)
+        if own.schedule == "step" and not own.step_epochs:
+            raise ConfigError(f"{stage}.schedule=step needs {stage}.step_epochs.")
+        if epochs and own.warmup_epochs > epochs:
+            raise ConfigError(f"{stage}.warmup_epochs={own.warmup_epochs:g} must not exceed the {epochs} epochs.")
+    if len(set(c.recover.snapshots)) < len(c.recover.snapshots):
+        raise ConfigError(f"recover.snapshots={c.recover.snapshots} must hold each iteration once.")
     if any(snapshot >= c.recover.iterations for snapshot in c.recover.snapshots):
         raise ConfigError(
             f"recover.snapshots={c.recover.snapshots} must lie below recover.iterations={c.recover.iterations}; "
@@ -339,10 +353,6 @@ def _check_together(config: Config) -> None:
     if c.squeeze.batch_size % c.squeeze.accumulation:
         raise ConfigError(
             f"squeeze.accumulation={c.squeeze.accumulation} must divide squeeze.batch_size={c.squeeze.batch_size}."
-        )
-    if c.squeeze.epochs and c.squeeze.warmup_epochs > c.squeeze.epochs:
-        raise ConfigError(
-            f"squeeze.warmup_epochs={c.squeeze.warmup_epochs:g} must not exceed squeeze.epochs={c.squeeze.epochs}."
         )
     if c.squeeze.epochs == 0 and not c.squeeze.weights:
         raise ConfigError("squeeze.epochs=0 needs initial weights in squeeze.weights.")

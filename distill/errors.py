@@ -4,6 +4,10 @@ Raise one of these when the cause is outside the code: a wrong option, a broken 
 names the thing and the way out. Any other exception is a bug, and the command line says so.
 """
 
+import errno
+import traceback
+from pathlib import Path
+
 
 class GuardError(Exception):
     """The run cannot go on; the message is one sentence for the user. Exit code 1."""
@@ -31,3 +35,19 @@ class NonFiniteError(GuardError):
 
 class MissingPackageError(GuardError):
     """An optional package is needed and not installed; the message holds the install line. Exit code 1."""
+
+
+def sentence(error: BaseException) -> str:
+    """What a failure is called on the terminal: one sentence, for a bug too."""
+    if isinstance(error, GuardError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = f" at {error.filename}" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            return f"No space is left on the device{place}; free some and run the same command again."
+        return f"{error.strerror or error}{place}; what is finished is kept, the same command continues."
+    if "out of memory" in str(error):
+        return f"The GPU is out of memory ({str(error).splitlines()[0]}); use smaller batches or more accumulation."
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__} in {Path(last.filename).name}:{last.lineno}: {text}. --debug shows the traceback."

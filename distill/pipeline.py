@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from distill.config import Config, EvaluateConfig, result_options
 from distill.data.catalogue import PreparedSet
 from distill.errors import ArtifactError, ConfigError
-from distill.run_folder import Artifact, Provenance, Recipe, read_manifest, write_atomic
+from distill.run_folder import Artifact, Provenance, Recipe, locked, write_atomic
 from distill.training.monitor import open_monitor
 from distill.training.processes import Processes, processes
 
@@ -82,11 +83,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.run_root) / config.name
 
 
-def run(configs: Sequence[Config], command: str = "run") -> bool:
+def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Config], object] | None = None) -> bool:
     """Run one stage, or all, of each configuration; what is complete is left alone.
 
     Args:
         command: ``run``, or the command of a stage.
+        prepare: called on rank 0 when the options have been checked, to prepare the data set.
 
     Returns:
         Whether there was anything to do.
@@ -94,10 +96,13 @@ def run(configs: Sequence[Config], command: str = "run") -> bool:
     Raises:
         GuardError: one sentence; what is finished is kept.
     """
-    first = configs[0]
+    first, rank = configs[0], int(os.environ.get("RANK", "0"))
+    for config in configs:
+        _preflight(config, command)
+    if prepare is not None and rank == 0:
+        # The other ranks wait in the process group, which is joined when the data is there.
+        prepare(first)
     with processes(first.device, first.threads) as group:
-        for config in configs:
-            _preflight(config, group)
         worked = [_run_one(config, command, group) for config in configs]
     return any(worked)
 
@@ -131,18 +136,24 @@ def _run_one(config: Config, command: str, group: Processes) -> bool:
 
 
 def _artifact(stage: Stage, config: Config, folder: Path, prepared: PreparedSet) -> Artifact:
+    from distill.models.weights import weights_fingerprint
+
     fingerprints = {}
     for name in stage.inputs(config):
         if name == DATASET:
             fingerprints[name] = prepared.fingerprint
             continue
-        command = next(other.command for other in STAGES if other.makes == name)
-        if not (folder / name / "manifest.json").is_file():
+        # An input must be whole and made from the present options too: stages read more of them than their own.
+        source = next(other for other in STAGES if other.makes == name)
+        artifact = _artifact(source, config, folder, prepared)
+        if not artifact.complete:
             raise ArtifactError(
                 f"{stage.command} needs {folder / name}, which is not complete; "
-                f"run guard {command} with the same options."
+                f"run guard {source.command} with the same options."
             )
-        fingerprints[name] = read_manifest(folder / name, name)["fingerprint"]
+        fingerprints[name] = artifact.fingerprint
+    if stage.makes == "teacher" and config.squeeze.weights:
+        fingerprints["weights"] = weights_fingerprint(config.squeeze.weights)
     recipe = Recipe(result_options(config, *stage.options(config)), fingerprints)
     return Artifact(folder / stage.makes, stage.makes, recipe)
 
@@ -165,27 +176,30 @@ def _work(
         group.barrier()
         work()
         return
-    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    artifact.begin()
-    group.barrier()
-    with Provenance(folder / "provenance.json").record(stage.makes, engine=config.engine.name):
-        work()
+    with locked(folder):
+        write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        artifact.begin()
+        group.barrier()
+        with Provenance(folder / "provenance.json").record(stage.makes, engine=config.engine.name):
+            work()
 
 
-def _preflight(config: Config, group: Processes) -> None:
+def _preflight(config: Config, command: str) -> None:
     """Find what would stop a later stage, before any work."""
     from distill.regularizers import Surroundings, build_regularizer
     from distill.stages.evaluate import planned_outcomes
 
     surroundings = Surroundings(config.dataset.mean, config.dataset.std, config.squeeze.batch_size)
     build_regularizer(config.regularizer, surroundings)
-    planned_outcomes(config)
-    per_rank = group.world_size * config.squeeze.accumulation
+    if command in ("run", "evaluate"):
+        planned_outcomes(config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    per_rank = world_size * config.squeeze.accumulation
     if config.squeeze.batch_size % per_rank:
         low = config.squeeze.batch_size // per_rank * per_rank
         fitting = " and ".join(str(size) for size in (low, low + per_rank) if size)
         raise ConfigError(
-            f"squeeze.batch_size={config.squeeze.batch_size} does not divide over {group.world_size} ranks and "
+            f"squeeze.batch_size={config.squeeze.batch_size} does not divide over {world_size} ranks and "
             f"{config.squeeze.accumulation} micro-batches; {fitting} do."
         )
 

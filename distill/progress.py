@@ -37,6 +37,8 @@ class Progress:
         )
 
     def __enter__(self) -> Progress:
+        if self.plain:
+            self._line()
         return self
 
     def update(self, count: int = 1, **notes: Any) -> None:
@@ -53,9 +55,10 @@ class Progress:
         self.told, self.told_at = time.monotonic(), self.done
         elapsed = self.told - self.began
         rate = (self.done - self.first) / elapsed if elapsed > 0 else 0.0
+        speed = f", {rate:.3g} {self.unit}/s" if rate > 0 else ""
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
         notes = "".join(f", {key} {value}" for key, value in self.notes.items())
-        text = f"{self.description}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s{left}{notes}"
+        text = f"{self.description}: {self.done}/{self.total} {self.unit}{speed}{left}{notes}"
         print(text, file=sys.stderr, flush=True)
 
     def __exit__(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -226,6 +228,26 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder; a record lock, which is not inherited by worker processes and ends with this process.
+
+    Raises:
+        ArtifactError: when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ArtifactError(f"Another process is working on {folder}; wait for it, or stop it.") from error
+        except OSError as error:
+            # A file system without locks: nothing can be said about other processes.
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
+
+
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         if path.is_dir():
@@ -235,10 +257,20 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def copy_artifact(source: Path, target: Path) -> None:
-    """Copy a complete artifact; the copy appears whole or not at all."""
+    """Copy a complete artifact; the copy appears whole or not at all.
+
+    Raises:
+        ArtifactError: when a file of the source is not what its manifest says.
+    """
+    _remove(target.parent.glob(f".{target.name}.*.tmp"))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
+    for name, entry in read_json(temporary / "manifest.json")["files"].items():
+        if not (temporary / name).is_file() or file_digest(temporary / name) != entry["sha256"]:
+            shutil.rmtree(temporary)
+            raise ArtifactError(f"{source / name} is damaged: it is not what {source / 'manifest.json'} says.")
+        with open(temporary / name, "rb") as file:
+            os.fsync(file.fileno())
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)

@@ -60,6 +60,16 @@ def test_a_second_run_touches_nothing(experiment: tuple[Path, list[str]]) -> Non
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_missing_report_is_written_again(experiment: tuple[Path, list[str]]) -> None:
+    """As after a kill between the results and the report."""
+    folder, arguments = experiment
+    lost = [folder / "runs/small" / name for name in ("report.md", "distilled.png", "guard/distilled.png")]
+    for path in lost:
+        path.unlink()
+    assert guard([*command(folder)[:3], "run", *arguments]).returncode == 0
+    assert all(path.is_file() for path in lost)
+
+
 def test_metrics_and_tensorboard_hold_every_stage(experiment: tuple[Path, list[str]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -130,5 +140,11 @@ def test_config_prints_what_is_resolved(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["config", "experiment=demo", "arm=guard", "regularizer=gradient_norm", "regularizer.weight=2"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["regularizer"]
     assert (printed["name"], printed["weight"], printed["h"]) == ("gradient_norm", 2, None)
+    assert main(["config", "experiment=imagenette_ipc10", "arm=guard", "seed=3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["published"]["guard"]["clean"] == 57.93
+    assert (
+        main(["config", "experiment=imagenette_ipc10", "arm=guard", "recover.ipc=1", "recover.images_per_class=1"]) == 0
+    )
+    assert yaml.safe_load(capsys.readouterr().out)["published"] == {}
     assert main(["config", "experiment=demo", "arm=nope"]) == 2
     assert "sre2l, guard" in capsys.readouterr().err

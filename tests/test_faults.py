@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def sentence(done: subprocess.CompletedProcess[str], code: int) -> str:
         ("recover.iterations=many", ["recover.iterations", "'many'", "Integer"]),
         ("recover.iterations=0", ["recover.iterations=0", "at least 1"]),
         ("regularizer=curvatur", ["regularizer=curvatur", "curvature, curvature_norm"]),
+        ("teacher.network=convnet", ["teacher.network=convnet", "ResNet"]),
+        ("evaluate.schedule=step", ["evaluate.step_epochs"]),
+        ("squeeze.ema=1.0", ["squeeze.ema=1.0", "less than 1"]),
+        ("name=.", ["name="]),
         ("regularizer.h=3", ["regularizer.h", "regularizer=none"]),
         ("attacks.suite={x: {attack: PGD}}", ["+attacks.suite.x="]),
         ("+attacks.suite.x={attack: Nope}", ["attacks.suite.x.attack=Nope", "PGD"]),
@@ -66,8 +71,9 @@ def test_missing_data_folder(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     told = sentence(guard(command(tmp_path, f"dataset.source={missing}")), 1)
     assert str(missing) in told
-    told = sentence(guard(command(tmp_path, stage="recover")), 1)
-    assert "guard prepare" in told
+    told = sentence(guard(command(tmp_path, "dataset.name=other", "dataset.provider=folder")), 2)
+    assert "dataset.source" in told
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_corrupt_image_is_named(run: Path, tmp_path: Path) -> None:
@@ -134,6 +140,61 @@ def test_a_changed_config_is_refused_and_named(run: Path, override: str, folder:
     assert key in told
     assert f"runs/run/{folder}" in told
     assert contents(run / "runs/run") == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("evaluate", "relabel.crop_scale=[0.5,1.0]"),
+        ("evaluate", "dataset.validation_seed=7"),
+        ("relabel", "recover.lr=0.1"),
+        ("recover", "dataset.image_size=24"),
+    ],
+)
+def test_a_stage_alone_refuses_inputs_of_another_config(run: Path, stage: str, override: str) -> None:
+    """Its own recipe may be the same; what it reads beside it is not."""
+    before = contents(run / "runs/run")
+    assert override.split("=")[0] in sentence(guard(command(run, override, stage=stage)), 1)
+    assert contents(run / "runs/run") == before
+
+
+def test_initial_weights_are_known_by_their_content(run: Path) -> None:
+    weights = run / "weights.safetensors"
+    shutil.copy(run / "runs/run/teacher/weights.safetensors", weights)
+    taken = ["squeeze.epochs=0", f"squeeze.weights={weights}"]
+    assert guard(command(run, *taken, name="taken", stage="squeeze")).returncode == 0
+    moved = weights.rename(run / "moved.safetensors")
+    taken = ["squeeze.epochs=0", f"squeeze.weights={moved}"]
+    assert guard(command(run, *taken, name="taken", stage="squeeze")).returncode == 0
+    moved.write_bytes(moved.read_bytes()[:-1] + b"x")
+    told = sentence(guard(command(run, *taken, name="taken", stage="squeeze")), 1)
+    assert "the weights it was made from" in told
+
+
+def test_two_processes_do_not_work_on_one_run(run: Path) -> None:
+    shutil.rmtree(run / "runs/run/distilled")
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    holder += "; print('held', flush=True); time.sleep(99)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(run / "runs/run/.lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert "Another process is working" in sentence(guard(command(run, stage="recover")), 1)
+        assert not (run / "runs/run/distilled").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    assert guard(command(run, stage="recover")).returncode == 0
+
+
+def test_a_damaged_teacher_is_not_reused(run: Path) -> None:
+    weights = run / "runs/run/teacher/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    told = sentence(guard(command(run, f"squeeze.reuse={run / 'runs/run'}", name="other", stage="squeeze")), 1)
+    assert "damaged" in told
+    assert not (run / "runs/other/teacher/manifest.json").exists()
 
 
 def test_nan_names_step_and_term(tmp_path: Path) -> None:

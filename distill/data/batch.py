@@ -31,7 +31,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        images, labels, indices = (t.to(device, non_blocking=True) for t in (self.images, self.labels, self.indices))
+        # Only towards a GPU: a copy to the CPU would be read before it has arrived.
+        later = torch.device(device).type == "cuda"
+        images, labels, indices = (t.to(device, non_blocking=later) for t in (self.images, self.labels, self.indices))
         return Batch(images, labels, indices, self.epoch)
 
     def split(self, parts: int) -> list[Batch]:

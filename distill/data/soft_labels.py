@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.errors import ArtifactError
+from distill.errors import ArtifactError, NonFiniteError
 from distill.run_folder import load_tensors, save_tensors
 
 
@@ -22,12 +22,20 @@ class SoftLabelStore:
         return self.folder / f"epoch_{epoch:04d}.safetensors"
 
     def write(self, epoch: int, logits: Tensor) -> None:
-        """Write one epoch: logits (images, classes)."""
-        save_tensors(self.path(epoch), {"logits": logits.to(torch.float16)})
+        """Write one epoch: logits (images, classes). Raises NonFiniteError when float16 cannot hold them."""
+        stored = logits.to(torch.float16)
+        if not stored.isfinite().all():
+            raise NonFiniteError(
+                f"The teacher's logits of epoch {epoch} are NaN or beyond float16 (largest {logits.abs().max():.3g}); "
+                f"the teacher is broken, train another one."
+            )
+        save_tensors(self.path(epoch), {"logits": stored})
 
     def read(self, epoch: int, count: int) -> Tensor:
         """The logits of one epoch, float16 (count, classes). Raises ArtifactError when the shard is damaged."""
-        tensors = load_tensors(self.path(epoch))
-        if "logits" not in tensors or len(tensors["logits"]) != count:
-            raise ArtifactError(f"{self.path(epoch)} does not hold the logits of {count} images; delete labels/.")
-        return tensors["logits"]
+        logits = load_tensors(self.path(epoch)).get("logits")
+        if logits is None or len(logits) != count or logits.dtype != torch.float16:
+            raise ArtifactError(
+                f"{self.path(epoch)} does not hold float16 logits of {count} images; delete {self.folder} and relabel."
+            )
+        return logits

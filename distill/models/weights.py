@@ -12,7 +12,7 @@ from torchvision import models
 
 from distill.config import NetworkConfig
 from distill.errors import ConfigError, DataError
-from distill.run_folder import load_tensors
+from distill.run_folder import file_digest, load_tensors
 
 
 def load_initial_weights(
@@ -52,6 +52,19 @@ def load_initial_weights(
     network.load_state_dict(state)
 
 
+def weights_fingerprint(source: str) -> str:
+    """What the recipe of a teacher holds of its initial weights: the content of a file, not its path.
+
+    Raises:
+        ConfigError: when the file does not exist.
+    """
+    if source.startswith("torchvision:"):
+        return source
+    if not Path(source).is_file():
+        raise ConfigError(f"squeeze.weights={source} does not exist.")
+    return file_digest(Path(source))
+
+
 def _file_weights(source: str) -> dict[str, Tensor]:
     path = Path(source)
     if path.suffix != ".safetensors":
@@ -68,9 +81,9 @@ def _torchvision_weights(source: str, config: NetworkConfig) -> dict[str, Tensor
     except (ValueError, KeyError) as error:
         raise ConfigError(f"torchvision has no weights {name} for {config.network}.") from error
     try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
-    except (URLError, OSError) as error:
+        return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
+    except (URLError, OSError, RuntimeError) as error:
         raise DataError(
-            f"torchvision's weights {name} could not be downloaded ({error}); "
+            f"torchvision's weights {name} could not be had ({error}); "
             f"save them as .safetensors elsewhere and pass their path in squeeze.weights."
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,9 @@ class Adversarial(Regularizer):
     steps: int
     random_start: bool
 
-    def training_images(self, network: nn.Module, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+    def training_images(
+        self, network: nn.Module, images: Tensor, labels: Tensor, seeds: Callable[[], list[int]]
+    ) -> Tensor:
         mean, std = (
             torch.tensor(list(values), device=images.device).view(1, -1, 1, 1)
             for values in (self.surroundings.mean, self.surroundings.std)
@@ -39,7 +41,7 @@ class Adversarial(Regularizer):
         high = (images + radius).minimum((1 - mean) / std)
         attacked = images
         if self.random_start:
-            noise = [torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            noise = [torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds()]
             attacked = images + radius * (2 * torch.stack(noise).to(images) - 1)
         with inference_mode_layers(network), torch.no_grad():
             gradient = input_gradient(network, labels)

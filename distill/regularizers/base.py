@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
@@ -35,11 +35,13 @@ class Regularizer:
 
     surroundings: Surroundings
 
-    def training_images(self, network: nn.Module, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+    def training_images(
+        self, network: nn.Module, images: Tensor, labels: Tensor, seeds: Callable[[], list[int]]
+    ) -> Tensor:
         """The images that the clean loss sees: normalised (N, 3, H, W) → the same shape.
 
         Args:
-            seeds: one integer per image, for counted randomness.
+            seeds: gives one integer per image, for counted randomness.
         """
         return images
 

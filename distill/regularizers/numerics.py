@@ -47,8 +47,10 @@ def ieee_backward(result: Tensor) -> Tensor:
 
         def hook(gradient: Tensor) -> Tensor:
             saved = _tf32()
-            _switch_tf32((False, False))
-            Variable._execution_engine.queue_callback(functools.partial(_switch_tf32, saved))
+            # Several penalties in one backward pass: the first that is met turns TF32 off, and it alone turns it on.
+            if saved != (False, False):
+                _switch_tf32((False, False))
+                Variable._execution_engine.queue_callback(functools.partial(_switch_tf32, saved))
             return gradient
 
         result.register_hook(hook)

@@ -25,7 +25,7 @@ def compare(paths: Sequence[str | Path], form: str = "terminal") -> str:
 
 
 def write(folder: Path, runs: Sequence[Path]) -> None:
-    """Write the table and the pictures of an experiment, each file atomically.
+    """Write the table and the pictures of an experiment where they are missing or old, each file atomically.
 
     ``report.md`` and ``report.csv`` in the experiment's folder; ``distilled.png`` in every run that has a complete
     distilled set, and in the experiment's folder one with the runs above each other.
@@ -34,20 +34,26 @@ def write(folder: Path, runs: Sequence[Path]) -> None:
         folder: of the experiment; the run's own where there is but one.
         runs: run folders.
     """
+    from distill.report.comparison import compare_runs
+    from distill.run_folder import write_atomic
+
+    if all((run / "results.json").is_file() for run in runs):
+        table = compare_runs(runs)
+        for path, text in ((folder / "report.md", table.markdown()), (folder / "report.csv", table.csv())):
+            if not path.is_file() or path.read_bytes() != text.encode():
+                write_atomic(path, text)
+    finished = [run for run in runs if (run / "distilled" / "manifest.json").is_file()]
+    newest = max((run / "distilled" / "manifest.json" for run in finished), key=_age, default=None)
+    drawn = [run / "distilled.png" for run in finished] + [folder / "distilled.png"] * (len(finished) > 1)
+    if newest is None or all(picture.is_file() and _age(picture) >= _age(newest) for picture in drawn):
+        return
     import torch
 
     from distill.data import DistilledSet
-    from distill.report.comparison import compare_runs
     from distill.report.figures import compare_grids, distilled_grid
-    from distill.run_folder import write_atomic
 
-    table = compare_runs(runs)
-    write_atomic(folder / "report.md", table.markdown())
-    write_atomic(folder / "report.csv", table.csv())
     pictures, names = {}, []
-    for run in runs:
-        if not (run / "distilled" / "manifest.json").is_file():
-            continue
+    for run in finished:
         distilled = DistilledSet.open(run)
         distilled_grid(distilled.images, distilled.labels, distilled.class_names, run / "distilled.png")
         # A whole set may take gigabytes: keep what is shown.
@@ -56,3 +62,7 @@ def write(folder: Path, runs: Sequence[Path]) -> None:
         names.append(distilled.class_names)
     if len(pictures) > 1 and all(each == names[0] for each in names):
         compare_grids(pictures, names[0], folder / "distilled.png", per_class=2)
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns

@@ -69,7 +69,8 @@ def build(planned: PlannedAttack, model: nn.Module, num_classes: int, seed: int)
     if ratio is not None:
         used["alpha"] = ratio * used["eps"]
     if "n_classes" in used and "n_classes" not in given:
-        used["n_classes"] = num_classes
+        # Targeted attacks take n_classes - 1 targets: the library's own nine, never one for each class of ImageNet.
+        used["n_classes"] = min(num_classes, used["n_classes"])
     if "seed" in used and "seed" not in given:
         used["seed"] = seed
     _check_classes(planned, used.get("n_classes"), num_classes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from distill.config import Config, result_options
 from distill.data.batch import Batch
@@ -81,7 +81,7 @@ class _Testing:
             tensors, facts = {"correct": clean.correct, "in_top5": clean.in_top5}, clean.as_json()
         else:
             attacked = self.attacked_images
-            correct = top_accuracy(model, attacked.split(-(-len(attacked) // 100)), quiet=True).correct
+            correct = self.correct(outcome.network)
             result = run_attack(
                 model,
                 attacked.images,
@@ -104,6 +104,12 @@ class _Testing:
         if network == "teacher":
             return nn.Sequential(normalize, load_teacher(self.work.run / "teacher", self.device))
         return nn.Sequential(normalize, load_student(self.work, int(network.removeprefix("seed"))))
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def correct(self, network: str) -> Tensor:
+        """bool (N,), which of the attacked images a network gets right when nobody attacks them."""
+        blocks = self.attacked_images.split(-(-len(self.attacked_images) // self.config.attacks.batch_size))
+        return top_accuracy(self.model(network), blocks, quiet=True).correct
 
     def loader(self, max_images: int) -> Any:
         """The test images, or a seeded choice of them."""

@@ -24,6 +24,7 @@ from distill.progress import Progress
 from distill.randomness import generator, seed_for
 from distill.run_folder import load_tensors, save_tensors
 from distill.stages.work import Work
+from distill.training.processes import deterministic
 
 CURVE = ("loss", "cross_entropy", "batchnorm_matching")
 SNAPSHOT_IMAGES = 20
@@ -152,9 +153,10 @@ def run(work: Work) -> None:
         for unit in mine:
             if unit in finished:
                 continue
-            result = recover_unit(teacher, normalize, unit, config.dataset.image_size, recover, config.seed, progress)
+            size = config.dataset.image_size
+            with deterministic(processes.device):
+                result = recover_unit(teacher, normalize, unit, size, recover, config.seed, progress)
             save_tensors(work.folder / unit.file, vars(result))
-            _show(work, unit, result)
     processes.barrier()
     if processes.main:
         _finish(work, teacher, normalize, units)
@@ -168,6 +170,7 @@ def _finish(work: Work, teacher: nn.Module, normalize: Normalize, units: list[Un
         tensors = load_tensors(work.folder / unit.file)
         with torch.no_grad():
             answers = teacher(normalize(tensors["images"].to(work.processes.device))).argmax(dim=1).cpu()
+        _show(work, unit, tensors)
         correct += int((answers == tensors["labels"]).sum())
         count += len(answers)
         final.append(tensors["curve"][-1].tolist())
@@ -187,14 +190,15 @@ def _finish(work: Work, teacher: nn.Module, normalize: Normalize, units: list[Un
     )
 
 
-def _show(work: Work, unit: Unit, result: Recovered) -> None:
-    """The curve and pictures of a unit, once it is finished."""
-    for iteration, *terms in result.curve.tolist():
+def _show(work: Work, unit: Unit, tensors: dict[str, Tensor]) -> None:
+    """The stored curve and pictures of a unit, whichever process made it."""
+    for iteration, *terms in tensors["curve"].tolist():
         values = dict(zip(CURVE, terms, strict=True))
         work.monitor.scalars(int(iteration), values, f"unit_{unit.number:05d}")
     steps = [*sorted(work.config.recover.snapshots), work.config.recover.iterations]
-    for step, images in zip(steps, result.snapshots, strict=False):
-        work.monitor.images(step, "images", images)
+    if len(tensors["snapshots"]):
+        for step, images in zip(steps, tensors["snapshots"], strict=True):
+            work.monitor.images(step, "images", images)
 
 
 def _check_finite(unit: Unit, point: list[float]) -> None:

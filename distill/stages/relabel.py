@@ -11,6 +11,7 @@ from distill.data import DistilledSet, SoftLabelStore, Views
 from distill.models import Normalize, load_teacher
 from distill.progress import Progress
 from distill.stages.work import Work
+from distill.training.processes import deterministic
 
 
 def run(work: Work) -> None:
@@ -26,7 +27,8 @@ def run(work: Work) -> None:
     done = len(mine) - len(left)
     with Progress(len(mine), "relabel", "epoch", done=done, quiet=not processes.main) as progress:
         for epoch in left:
-            store.write(epoch, _logits(teacher, views, epoch, config.relabel.batch_size))
+            with deterministic(processes.device):
+                store.write(epoch, _logits(teacher, views, epoch, config.relabel.batch_size))
             progress.update()
     processes.barrier()
     if processes.main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,11 +54,16 @@ class SqueezeTask(Task):
         self.network, self.normalize, self.regularizer = network, normalize, regularizer
         self.seed, self.label_smoothing, self.autocast, self.frozen = seed, label_smoothing, autocast, frozen
 
+    def seeds(self, batch: Batch) -> list[int]:
+        """A seed for each image, from (seed, epoch, index of the image)."""
+        return [seed_for(self.seed, "regularizer", batch.epoch, index) for index in batch.indices.tolist()]
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """``{"loss", "cross_entropy", "accuracy", terms of the regulariser}``, scalars."""
         images = self.normalize(batch.images).contiguous(memory_format=torch.channels_last)
-        seeds = [seed_for(self.seed, "regularizer", batch.epoch, index) for index in batch.indices.tolist()]
-        images = self.regularizer.training_images(self.network, images, batch.labels, seeds)
+        images = self.regularizer.training_images(
+            self.network, images, batch.labels, functools.partial(self.seeds, batch)
+        )
 
         # The clean pass comes first: it updates the running statistics that the penalty reads.
         with (

@@ -73,11 +73,17 @@ def build_engine(config: EngineConfig, processes: Processes) -> Engine:
     return engine
 
 
+SUMS = ("loss", "parameter_gradient")
+"""What becomes NaN whenever a term does."""
+
+
 def check_finite(terms: Mapping[str, Tensor], step: int) -> None:
     """Raise NonFiniteError that names the step and the first term that is NaN or infinite."""
     if all(torch.stack([torch.isfinite(term).all() for term in terms.values()]).tolist()):
         return
-    causes = [name for name in terms if name != "loss" and not torch.isfinite(terms[name]).all()] or ["loss"]
+    wrong = [name for name in terms if not torch.isfinite(terms[name]).all()]
+    # A term of the loss tells more than the sum, and the sum more than the gradient.
+    causes = sorted(wrong, key=lambda name: SUMS.index(name) + 1 if name in SUMS else 0)
     raise NonFiniteError(
         f"{causes[0]} became {terms[causes[0]].item()} at step {step}; nothing of this step was kept. Lower the "
         f"learning rate or the weight of the regulariser, and start a run with another name."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,9 +49,8 @@ class Monitor(NullMonitor):
             self.writer = SummaryWriter(str(run / "tensorboard" / stage))
         path = run / METRICS
         # A run that was killed may have left half a line.
-        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        if torn:
+        self.file = open(path, "a+", buffering=1)  # noqa: SIM115
+        if self.file.tell() and not _ends_a_line(path):
             self.file.write("\n")
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
@@ -78,6 +78,12 @@ class Monitor(NullMonitor):
 def open_monitor(run: Path, stage: str, *, main: bool, tensorboard: bool = True) -> NullMonitor:
     """The monitor of rank 0, or a silent one."""
     return Monitor(run, stage, tensorboard) if main else NullMonitor()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _grid(images: Tensor, columns: int = 10) -> Tensor:

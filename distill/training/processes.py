@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
@@ -65,16 +66,38 @@ def processes(device: str = "auto", threads: int = 0) -> Iterator[Processes]:
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and local_rank >= gpus:
         raise ConfigError(f"device=cuda, and rank {rank} finds {gpus} GPUs; start fewer processes or use device=cpu.")
+    if device == "auto" and 0 < gpus <= local_rank:
+        raise ConfigError(f"Rank {rank} has no GPU, for there are {gpus}; start {gpus} processes or use device=cpu.")
     chosen = torch.device("cuda", local_rank) if local_rank < gpus else torch.device("cpu")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        # Ranks wait for each other's share of a stage, and for the data set: that takes as long as it takes. When a
+        # process dies, torchrun ends the others.
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(days=14))
     try:
         yield Processes(rank, world_size, chosen)
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels on a GPU inside the block; the CPU's are."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

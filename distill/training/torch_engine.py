@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -39,6 +39,9 @@ class TorchEngine:
         self.average: AveragedModel | None = None
         if ema:
             self.average = AveragedModel(task.network, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        self.parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        layers = [module for module in task.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+        self.statistics = [s for layer in layers for s in (layer.running_mean, layer.running_var) if s is not None]
         self.wrapped: nn.Module = task
         if self.processes.world_size > 1:
             gpu = [self.processes.device] if self.processes.device.type == "cuda" else None
@@ -55,6 +58,8 @@ class TorchEngine:
                 (terms["loss"] / len(parts)).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / len(parts)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        sums["parameter_gradient"] = nn.utils.get_total_norm(gradients)
         check_finite(sums, self.step_count)
         self.optimizer.step()
         self.schedule.step()
@@ -75,15 +80,10 @@ class TorchEngine:
         return contextlib.nullcontext()
 
     def _average_statistics(self) -> None:
-        if self.processes.world_size == 1:
-            return
-        statistics = [buffer for buffer in self.task.buffers() if buffer.is_floating_point()]
-        if statistics:
-            flat = torch.cat([buffer.flatten() for buffer in statistics])
-            distributed.all_reduce(flat)
-            flat /= self.processes.world_size
-            for buffer, mean in zip(statistics, flat.split([b.numel() for b in statistics]), strict=True):
-                buffer.copy_(mean.view_as(buffer))
+        if self.processes.world_size > 1 and self.statistics:
+            flat = self.processes.sum(torch.cat(self.statistics)) / self.processes.world_size
+            for buffer, mean in zip(self.statistics, flat.split([len(b) for b in self.statistics]), strict=True):
+                buffer.copy_(mean)
 
     def _parts(self) -> dict[str, Any]:
         parts = {"task": self.task, "optimizer": self.optimizer, "schedule": self.schedule, "average": self.average}

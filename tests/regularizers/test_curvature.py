@@ -169,5 +169,8 @@ def test_backward_runs_without_tf32(network, batch):
         assert seen
         assert set(seen) == {(False, False)}
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, True)
+        # Two penalties in one backward pass leave the switches as they were too.
+        sum(curvature_penalty(Bound(), images, labels, h).mean() for h in (1.0, 2.0)).backward()
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, True)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = saved
