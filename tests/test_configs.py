@@ -94,6 +94,39 @@ def test_presets_of_the_specification() -> None:
     assert [demo.squeeze.flip, demo.recover.flip, demo.relabel.flip] == [False] * 3, "digits must not be mirrored"
 
 
+ROWS = {
+    # squeeze: lr, batch, epochs, wd, warm-up; recover: lr, r_bn, iterations, jitter; evaluate: epochs, batch, T
+    "imagenette_ipc10": ((0.025, 32, 50, 1e-4, 0), (0.25, 0.01, 2000, 32), (300, 100, 20)),
+    "imagenet1k_ipc10": ((0.025, 32, 50, 1e-4, 0), (0.25, 0.01, 2000, 32), (300, 100, 20)),
+    "imagenet1k_distributed": ((0.8, 1024, 50, 1e-4, 5), (0.25, 0.01, 2000, 32), (300, 100, 20)),
+    "tiny_imagenet_ipc50": ((0.025, 32, 50, 1e-4, 0), (0.1, 1.0, 2000, 32), (300, 100, 20)),
+    "cifar10_ipc50": ((0.1, 128, 200, 5e-4, 0), (0.25, 0.01, 1000, 4), (400, 128, 30)),
+    "sre2l_imagenet1k_ipc50": (None, (0.25, 0.01, 4000, 32), (300, 1024, 20)),
+    "sre2l_tiny_imagenet_ipc50": ((0.2, 256, 50, 1e-4, 5), (0.1, 1.0, 4000, 4), (100, 256, 20)),
+    "cda_imagenet1k_ipc50": (None, (0.25, 0.01, 4000, 32), (300, 128, 20)),
+    "cda_tiny_imagenet_ipc50": ((0.2, 256, 50, 1e-4, 5), (0.4, 0.05, 4000, 4), (100, 256, 20)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_preset_table_of_the_specification(name: str) -> None:
+    """SPEC §2, row by row; without a squeeze the teacher is torchvision's V1 weights."""
+    c, (squeeze, recover, evaluate) = experiment(name), ROWS[name]
+    own = (c.squeeze.lr, c.squeeze.batch_size, c.squeeze.epochs, c.squeeze.weight_decay, c.squeeze.warmup_epochs)
+    if squeeze is None:
+        assert (c.squeeze.epochs, c.squeeze.weights) == (0, "torchvision:IMAGENET1K_V1")
+    else:
+        assert own == squeeze
+    assert (c.recover.lr, c.recover.bn_weight, c.recover.iterations, c.recover.jitter) == recover
+    assert (c.relabel.epochs, c.evaluate.batch_size, c.evaluate.temperature) == evaluate
+    assert (c.recover.betas, c.recover.first_bn_multiplier) == ([0.5, 0.9], 10)
+    arms = c.arms.values() or [[]]
+    for arm in arms:
+        regularizer = compose([f"experiment={name}", *arm]).regularizer
+        if regularizer.name == "curvature" and c.dataset.image_size == 224:
+            assert (regularizer.weight, regularizer.h) == (100, 3)
+
+
 def test_the_command_line_beats_an_experiment_and_the_last_one_wins() -> None:
     config = compose(
         ["experiment=demo", "squeeze.epochs=3", "attacks=paper", "attacks.epsilon=[2]", "squeeze.epochs=4"]
