@@ -20,7 +20,7 @@ from distill.compose import compose, group_choices
 from distill.config import Config
 from distill.data.batch import Batch
 from distill.models import build_network
-from distill.run_folder import environment
+from distill.provenance import environment
 from distill.stages.squeeze import SqueezeTask, build_task
 
 BOUNDS = {"none": 1.0, "curvature": 5.0, "curvature_norm": 5.0}

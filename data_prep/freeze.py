@@ -16,8 +16,8 @@ from distill.data.imagenet import imagenet_classes
 from distill.data.index import Index, fingerprint
 from distill.data.workers import processors, spread
 from distill.errors import ConfigError, DataError
+from distill.files import write_json
 from distill.progress import Progress
-from distill.run_folder import write_json
 
 
 def freeze(folder: Path, root: Path, dataset: DatasetConfig, identity: dict[str, Any], source: str) -> None:

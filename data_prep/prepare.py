@@ -18,7 +18,7 @@ from distill.config import Config, DatasetConfig
 from distill.data.catalogue import PreparedSet, read_manifest
 from distill.data.workers import locked
 from distill.errors import ConfigError, DataError
-from distill.run_folder import read_json, write_json
+from distill.files import read_json, write_json
 
 
 def prepare(config: Config) -> PreparedSet:

@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 from distill.config import Config, EvaluateConfig, result_options
 from distill.data.catalogue import PreparedSet
 from distill.errors import ArtifactError, ConfigError
-from distill.run_folder import Artifact, Provenance, Recipe, locked, write_atomic
+from distill.files import locked, write_atomic
+from distill.provenance import Provenance
+from distill.run_folder import Artifact, Recipe
 from distill.training.monitor import open_monitor
 from distill.training.processes import Processes, processes
 

@@ -23,7 +23,7 @@ OPTIONAL = {
 }
 LEVELS = [
     ["distill", "distill.errors", "distill.config", "distill.compose"],
-    ["distill.progress", "distill.randomness", "distill.run_folder"],
+    ["distill.progress", "distill.randomness", "distill.files", "distill.provenance", "distill.run_folder"],
     ["distill.regularizers", "distill.losses", "distill.models", "distill.data"],
     ["distill.training", "distill.robustness"],
     ["distill.stages"],

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from distill.config import RelabelConfig
 from distill.data.soft_labels import SoftLabelStore
 from distill.data.views import Views
-from distill.run_folder import load_tensors, read_manifest
+from distill.files import load_tensors
+from distill.run_folder import read_manifest
 
 
 @dataclass(frozen=True)

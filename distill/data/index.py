@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import DataError, GuardError
-from distill.run_folder import file_digest, load_tensors, save_tensors
+from distill.files import file_digest, load_tensors, save_tensors
 
 
 @dataclass(frozen=True, eq=False)

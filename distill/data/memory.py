@@ -15,8 +15,8 @@ from distill.data.decode import decode_square
 from distill.data.samples import Samples
 from distill.data.workers import locked, spread
 from distill.errors import ConfigError, GuardError
+from distill.files import load_tensors, save_tensors
 from distill.progress import Progress
-from distill.run_folder import load_tensors, save_tensors
 
 
 def stored_squares(

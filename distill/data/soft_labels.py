@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import ArtifactError, NonFiniteError
-from distill.run_folder import load_tensors, save_tensors
+from distill.files import load_tensors, save_tensors
 
 
 class SoftLabelStore:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from distill.config import NetworkConfig
+from distill.files import load_tensors
 from distill.models.networks import build_network
-from distill.run_folder import load_tensors, read_manifest
+from distill.run_folder import read_manifest
 
 WEIGHTS = "weights.safetensors"
 

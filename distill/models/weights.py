@@ -12,7 +12,7 @@ from torchvision import models
 
 from distill.config import NetworkConfig
 from distill.errors import ConfigError, DataError
-from distill.run_folder import file_digest, load_tensors
+from distill.files import file_digest, load_tensors
 
 
 def load_initial_weights(

@@ -34,8 +34,8 @@ def write(folder: Path, runs: Sequence[Path]) -> None:
         folder: of the experiment; the run's own where there is but one.
         runs: run folders.
     """
+    from distill.files import write_atomic
     from distill.report.comparison import compare_runs
-    from distill.run_folder import write_atomic
 
     if all((run / "results.json").is_file() for run in runs):
         table = compare_runs(runs)

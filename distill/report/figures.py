@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from distill.run_folder import write_atomic
+from distill.files import write_atomic
 
 GAP = 4
 """Pixels between images."""

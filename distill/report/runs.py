@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import ArtifactError
-from distill.run_folder import read_json
+from distill.files import read_json
 
 STAGES = ("teacher", "distilled", "labels", "student")
 """Folders of a run in the order in which they are made; each is complete when its manifest is there."""

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from distill.config import Config, result_options
 from distill.data.batch import Batch
 from distill.data.loaders import test_loader
+from distill.files import digest, load_tensors, save_tensors, write_json
 from distill.models import Normalize, load_teacher
+from distill.provenance import environment
 from distill.robustness.attacks import PlannedAttack
 from distill.robustness.metrics import attack_label, ratios, summarise
 from distill.robustness.runner import run_attack, top_accuracy
 from distill.robustness.suite import plan
-from distill.run_folder import digest, environment, load_tensors, read_manifest, save_tensors, write_json
+from distill.run_folder import read_manifest
 from distill.stages.student import load_student
 from distill.stages.work import Work
 

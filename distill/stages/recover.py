@@ -18,11 +18,11 @@ from distill.config import RecoverConfig
 from distill.data.crops import UNIFORMS, flips, resized_boxes
 from distill.data.distilled_set import Unit, plan_units
 from distill.errors import NonFiniteError
+from distill.files import load_tensors, save_tensors
 from distill.losses import batchnorm_matching
 from distill.models import Normalize, load_teacher
 from distill.progress import Progress
 from distill.randomness import generator, seed_for
-from distill.run_folder import load_tensors, save_tensors
 from distill.stages.work import Work
 from distill.training.processes import deterministic
 

@@ -15,13 +15,14 @@ from distill.config import Config
 from distill.data.batch import Batch
 from distill.data.loaders import test_loader, training_loader
 from distill.errors import ArtifactError, ConfigError
+from distill.files import save_tensors
 from distill.models import Normalize, build_network, load_initial_weights
 from distill.models.teacher import WEIGHTS
 from distill.randomness import seed_for
 from distill.regularizers import Regularizer, Surroundings, build_regularizer
 from distill.regularizers.numerics import inference_mode_layers
 from distill.robustness.runner import top_accuracy
-from distill.run_folder import copy_artifact, read_manifest, save_tensors
+from distill.run_folder import copy_artifact, read_manifest
 from distill.stages.work import Work
 from distill.training.checkpoint import Checkpoint
 from distill.training.engine import Task, build_engine

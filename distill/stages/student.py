@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from distill.config import Config
 from distill.data import DistilledSet, SoftLabelStore, ViewBatch, Views
 from distill.data.view_loader import ViewLoader
+from distill.files import load_tensors, save_tensors
 from distill.losses import soft_label_kl
 from distill.models import Normalize, build_network, load_teacher
 from distill.randomness import seed_for
-from distill.run_folder import load_tensors, save_tensors
 from distill.stages.work import Work
 from distill.training.engine import Task
 from distill.training.loop import train

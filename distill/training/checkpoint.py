@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.data.batch import Loader
 from distill.errors import ArtifactError
-from distill.run_folder import read_json, write_json
+from distill.files import read_json, write_json
 from distill.training.engine import Engine
 from distill.training.processes import Processes
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from distill.config import EngineConfig
-from distill.run_folder import write_atomic
+from distill.files import write_atomic
 from distill.training.engine import Task, check_finite
 from distill.training.processes import Processes
 

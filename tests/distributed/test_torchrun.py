@@ -13,8 +13,8 @@ import torch
 from distill.compose import compose
 from distill.data.catalogue import PreparedSet
 from distill.data.loaders import training_loader
+from distill.files import load_tensors
 from distill.models import Normalize, build_network
-from distill.run_folder import load_tensors
 from distill.stages.squeeze import build_task
 from distill.training.processes import Processes
 from distill.training.schedule import build_optimizer

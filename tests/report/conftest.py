@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from distill.files import write_json
 from distill.robustness.metrics import summarise
-from distill.run_folder import write_json
 
 RunMaker = Callable[..., Path]
 

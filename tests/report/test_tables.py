@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from distill.errors import ArtifactError
+from distill.files import write_json
 from distill.report.comparison import compare_runs
 from distill.report.tables import Cell
-from distill.run_folder import write_json
 from tests.report.conftest import RunMaker, network
 
 PLAIN = {"name": "none", "weight": None, "options": {}}

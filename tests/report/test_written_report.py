@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from distill import report
-from distill.run_folder import Artifact, Recipe, save_tensors
+from distill.files import save_tensors
+from distill.run_folder import Artifact, Recipe
 from tests.report.conftest import RunMaker, network
 
 

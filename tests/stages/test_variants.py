@@ -12,7 +12,7 @@ from distill.cli import main
 from distill.compose import compose
 from distill.data.catalogue import PreparedSet
 from distill.data.distilled_set import Unit, plan_units
-from distill.run_folder import load_tensors
+from distill.files import load_tensors
 from distill.stages.recover import smallest_crop
 from tests.running import SMALL
 

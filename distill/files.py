@@ -1,0 +1,112 @@
+"""Files that are written whole or not at all, and read with a sentence when they are damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that its name never stands for half of it. OSError (a full disk) leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, keys sorted, so that equal content is equal bytes."""
+    write_atomic(path, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises ArtifactError when the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete it and run the same command again.") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], **information: str) -> None:
+    """Write tensors as one safetensors file, atomically."""
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, save(contiguous, metadata=information or None))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises ArtifactError when it is missing, truncated or not one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} is truncated or no safetensors file ({error}); delete it and run the same command again."
+        ) from error
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of JSON content, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder; a record lock, which is not inherited by worker processes and ends with this process.
+
+    Raises:
+        ArtifactError: when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ArtifactError(f"Another process is working on {folder}; wait for it, or stop it.") from error
+        except OSError as error:
+            # A file system without locks: nothing can be said about other processes.
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        yield
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders; one that is gone already is no error."""
+    for path in list(paths):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

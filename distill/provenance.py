@@ -1,0 +1,80 @@
+"""Which command, code, versions and hardware made a result."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from distill.files import read_json, write_json
+
+
+class Provenance:
+    """``provenance.json``: for each stage which command, code, versions and hardware made it, and how long it took."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextlib.contextmanager
+    def record(self, stage: str, **details: Any) -> Iterator[dict[str, Any]]:
+        """Record one piece of work on a stage; interrupted ones stay in the list without an end."""
+        entry: dict[str, Any] = {"started": _now(), **environment(), **details}
+        content = read_json(self.path) if self.path.is_file() else {}
+        content.setdefault(stage, []).append(entry)
+        write_json(self.path, content)
+        began = datetime.datetime.now()
+        yield entry
+        entry["finished"] = _now()
+        entry["seconds"] = round((datetime.datetime.now() - began).total_seconds(), 3)
+        write_json(self.path, content)
+
+
+def environment() -> dict[str, Any]:
+    """Command, code, versions and hardware of this process."""
+    versions = {}
+    for package in ("guard-distill", "torch", "torchvision", "torchattacks", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    facts: dict[str, Any] = {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        facts["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _commit() -> str | None:
+    """The commit of the code, with ``+changes`` when the checkout has some; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=20)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
