@@ -90,7 +90,7 @@ def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Conf
 
     Args:
         command: ``run``, or the command of a stage.
-        prepare: called on rank 0 when the options have been checked, to prepare the data set.
+        prepare: called on rank 0 when the options have been checked, once for each data set.
 
     Returns:
         Whether there was anything to do.
@@ -103,7 +103,8 @@ def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Conf
         _preflight(config, command)
     if prepare is not None and rank == 0:
         # The other ranks wait in the process group, which is joined when the data is there.
-        prepare(first)
+        for config in {each.dataset.name: each for each in configs}.values():
+            prepare(config)
     with processes(first.device, first.threads) as group:
         worked = [_run_one(config, command, group) for config in configs]
     return any(worked)
