@@ -85,15 +85,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.run_root) / config.name
 
 
-def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Config], object] | None = None) -> bool:
+def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Config], object] | None = None) -> None:
     """Run one stage, or all, of each configuration; what is complete is left alone.
 
     Args:
         command: ``run``, or the command of a stage.
         prepare: called on rank 0 when the options have been checked, once for each data set.
-
-    Returns:
-        Whether there was anything to do.
 
     Raises:
         GuardError: one sentence; what is finished is kept.
@@ -106,12 +103,12 @@ def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Conf
         for config in {each.dataset.name: each for each in configs}.values():
             prepare(config)
     with processes(first.device, first.threads) as group:
-        worked = [_run_one(config, command, group) for config in configs]
-    return any(worked)
+        for config in configs:
+            _run_one(config, command, group)
 
 
-def _run_one(config: Config, command: str, group: Processes) -> bool:
-    folder, worked = run_folder(config), False
+def _run_one(config: Config, command: str, group: Processes) -> None:
+    folder = run_folder(config)
     prepared = PreparedSet.open(Path(config.data_root) / config.dataset.name)
     for split in {"train", config.evaluate.split}:
         prepared.samples(
@@ -134,8 +131,6 @@ def _run_one(config: Config, command: str, group: Processes) -> bool:
             continue
         _work(stage, artifact, config, folder, prepared, group)
         _say(group, config, stage, "complete")
-        worked = True
-    return worked
 
 
 def _artifact(stage: Stage, config: Config, folder: Path, prepared: PreparedSet) -> Artifact:

@@ -175,8 +175,6 @@ def _finish(work: Work, teacher: nn.Module, normalize: Normalize, units: list[Un
         count += len(answers)
         final.append(tensors["curve"][-1].tolist())
     mean = np.mean(final, axis=0)
-    first = load_tensors(work.folder / units[0].file)["images"]
-    work.monitor.images(config.recover.iterations, "distilled", first[:100])
     work.artifact.finish(
         units=[unit.file for unit in units],
         count=count,
@@ -196,6 +194,8 @@ def _show(work: Work, unit: Unit, tensors: dict[str, Tensor]) -> None:
         values = dict(zip(CURVE, terms, strict=True))
         work.monitor.scalars(int(iteration), values, f"unit_{unit.number:05d}")
     steps = [*sorted(work.config.recover.snapshots), work.config.recover.iterations]
+    if unit.number == 0:
+        work.monitor.images(work.config.recover.iterations, "distilled", tensors["images"][:100])
     if len(tensors["snapshots"]):
         for step, images in zip(steps, tensors["snapshots"], strict=True):
             work.monitor.images(step, "images", images)
