@@ -1,6 +1,7 @@
 # make demo    set up .venv/, then run the demonstration
 # make test    every test that takes seconds        make slow    the tests that take minutes
 # make check   what must pass before a commit       make bench   every benchmark
+# make soak    ten minutes of reading with every loader
 # make clean   remove caches and build products; .venv/, runs/ and data/ stay
 #
 # PYTHON=python3.12 chooses an interpreter, PYTEST_ARGS="-k penalty" is passed to pytest.
@@ -34,24 +35,27 @@ ifneq ($(shell $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null && echo 
 $(shell rm -f $(MADE) $(INSTALLED) $(DEVELOP))
 endif
 
-.PHONY: demo test check bench slow clean browser
+.PHONY: demo test check bench slow soak clean browser ffcv
 
 demo: $(INSTALLED)
 	$(BIN)/guard run experiment=demo
 
-test: $(DEVELOP) browser
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: $(DEVELOP) ffcv browser
+	$(BIN)/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
 
-slow: $(DEVELOP)
+slow: $(DEVELOP) ffcv
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-check: $(DEVELOP)
+soak: $(DEVELOP) ffcv
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+check: $(DEVELOP) ffcv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory test
 
-bench: $(INSTALLED)
+bench: $(DEVELOP) ffcv
 	@for file in benchmarks/[a-z]*.py; do \
 	  if [ -e "$$file" ]; then \
 	    name=$$(basename "$$file" .py); \
@@ -80,19 +84,29 @@ $(INSTALLED): $(MADE) setup.py pyproject.toml Makefile
 	@touch $@
 
 $(DEVELOP): $(INSTALLED)
-	$(PIP) install --editable '.[dev]'
+	$(PIP) install --editable '.[dev,dali]'
 	@touch $@
 
-# The browser tests take Debian's Chromium. Without it they are skipped, and this says so.
-BROWSER_PACKAGES := chromium chromium-driver
+# System packages for tests, through apt where root or sudo allows. Without them those tests are skipped, and this says
+# so. $(call packages,what needs them,test that they are there,names)
+define packages
+@if { $(2); } >/dev/null 2>&1; then exit 0; fi; \
+if ! command -v apt-get >/dev/null; then \
+  echo "$(1) are skipped: $(3) are missing and there is no apt-get."; exit 0; fi; \
+if [ "$$(id -u)" = 0 ]; then root=; \
+elif sudo -n true 2>/dev/null; then root="sudo -n"; \
+else echo "$(1) are skipped: apt-get install $(3) needs root."; exit 0; fi; \
+$$root apt-get update -qq || true; \
+$$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(3) \
+  || echo "$(1) are skipped: apt-get could not install $(3)."
+endef
+
 browser:
-	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
-	if ! command -v apt-get >/dev/null; then \
-	  echo "Browser tests are skipped: $(BROWSER_PACKAGES) are missing and there is no apt-get."; exit 0; fi; \
-	if [ "$$(id -u)" = 0 ]; then root=; \
-	elif sudo -n true 2>/dev/null; then root="sudo -n"; \
-	else echo "Browser tests are skipped: apt-get install $(BROWSER_PACKAGES) needs root."; exit 0; fi; \
-	$$root apt-get update -qq || true; \
-	$$root env DEBIAN_FRONTEND=noninteractive \
-	  apt-get install -y -qq --no-install-recommends $(BROWSER_PACKAGES) \
-	  || echo "Browser tests are skipped: apt-get could not install $(BROWSER_PACKAGES)."
+	$(call packages,Browser tests,command -v chromium && command -v chromedriver,chromium chromium-driver)
+
+# FFCV is compiled at installation.
+FFCV_LIBRARIES := pkg-config --exists opencv4 && pkg-config --exists libturbojpeg
+ffcv: $(DEVELOP)
+	$(call packages,FFCV's tests,$(FFCV_LIBRARIES),libopencv-dev libturbojpeg0-dev pkg-config)
+	@if $(BIN)/python -c 'import ffcv' 2>/dev/null; then exit 0; fi; \
+	if $(FFCV_LIBRARIES) 2>/dev/null; then $(PIP) install --editable '.[ffcv]'; fi

@@ -33,8 +33,10 @@ setup(
         "tabulate>=0.9",
     ],
     extras_require={
-        "ffcv": ["ffcv>=1.0.2", "opencv-python-headless", "numba"],
+        # FFCV is compiled at installation: apt-get install libopencv-dev libturbojpeg0-dev pkg-config
+        "ffcv": ["ffcv>=1.0.2"],
         "dali": ["nvidia-dali-cuda130>=1.50"],
+        "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy>=1.10", "build", "types-tabulate", "types-PyYAML", "types-tqdm"],
     },

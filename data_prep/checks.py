@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -14,11 +14,16 @@ from distill.data.decode import fault, to_rgb
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One file: its size in bytes, its SHA-256, and what is wrong with it ("" when nothing)."""
+    """One file: its size in bytes, its SHA-256, and what is wrong with it ("" when nothing).
+
+    After decoding also height and width in pixels, and whether it is a plain JPEG (see ``Index``).
+    """
 
     size: int
     checksum: bytes
     fault: str
+    shape: tuple[int, int] = (0, 0)
+    plain: bool = False
 
 
 def hash_file(path: str, decode: bool = False) -> Finding:
@@ -31,11 +36,13 @@ def hash_file(path: str, decode: bool = False) -> Finding:
     if decode:
         try:
             with Image.open(io.BytesIO(content)) as image:
-                to_rgb(image)
+                plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+                width, height = to_rgb(image).size
+                return replace(finding, shape=(height, width), plain=plain)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise many kinds.
-            return Finding(finding.size, finding.checksum, fault(error))
+            return replace(finding, fault=fault(error))
     return finding
 
 

@@ -94,6 +94,8 @@ def _check_images(root: Path, layout: Layout, dataset: DatasetConfig) -> tuple[d
             labels,
             np.array([found.size for _, _, found in good], dtype=np.int64),
             np.frombuffer(b"".join(found.checksum for _, _, found in good), dtype=np.uint8).reshape(-1, 32).copy(),
+            np.array([found.shape for _, _, found in good], dtype=np.int64),
+            np.array([found.plain for _, _, found in good]),
         )
     return indices, sorted(faults)
 

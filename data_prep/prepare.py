@@ -2,6 +2,7 @@
 
 A prepared folder holds ``source.json``, written first, which says what it is made from; ``images/`` unless the images
 stay where they are; an index for each split; and ``manifest.json``, written last: with it the folder is complete.
+Files of another format than ``format=folder`` are written from it into folders of their own inside it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from distill.files import read_json, write_json
 def prepare(config: Config) -> PreparedSet:
     """Make ``data_root/<dataset.name>``, or return it when it is there, complete and made from the same source.
 
+    With another ``format`` than folder its files are written too, where they are not complete.
+
     A source that has moved is recognised by its content. Without ``dataset.source`` a prepared set is taken from
     wherever it was made. Killed at any time, the next call goes on with the images that were fetched whole.
 
@@ -36,23 +39,35 @@ def prepare(config: Config) -> PreparedSet:
     if not dataset.name:
         raise ConfigError("dataset.name must be set; the prepared images lie in data_root/name.")
     folder = Path(config.data_root) / dataset.name
+    provider = _module("provider", "folder" if dataset.source else dataset.provider)
+    form = None if config.format.name == "folder" else _module("format", config.format.name)
     with locked(folder.with_name(f".{folder.name}.lock")):
-        provider = _provider("folder" if dataset.source else dataset.provider)
         if (folder / "manifest.json").is_file():
-            return _reuse(folder, dataset, provider)
-        identity = provider.identity(dataset)
-        _begin(folder, identity)
-        images = folder / "images"
-        root: Path = find_root(images) if images.is_dir() else provider.fetch(dataset, folder)
-        freeze(folder, root, dataset, identity, _absolute(dataset.source))
-    return PreparedSet.open(folder)
+            prepared = _reuse(folder, dataset, provider)
+        else:
+            prepared = _make(folder, dataset, provider)
+        if form is not None:
+            form.write(config, prepared)
+    return prepared
 
 
-def _provider(name: str) -> Any:
-    names = sorted(file.stem for file in (Path(__file__).parent / "providers").glob("[!_]*.py"))
+def _module(kind: str, name: str) -> Any:
+    """A module of ``data_prep.providers`` or ``data_prep.formats``."""
+    names = sorted(file.stem for file in (Path(__file__).parent / f"{kind}s").glob("[!_]*.py"))
     if name not in names:
-        raise ConfigError(f"dataset.provider={name} is not one of: {', '.join(names)}.")
-    return importlib.import_module(f"data_prep.providers.{name}")
+        key = "dataset.provider" if kind == "provider" else "format.name"
+        raise ConfigError(f"{key}={name} is not one of: {', '.join(names)}.")
+    return importlib.import_module(f"data_prep.{kind}s.{name}")
+
+
+def _make(folder: Path, dataset: DatasetConfig, provider: Any) -> PreparedSet:
+    """Get the images and check them."""
+    identity = provider.identity(dataset)
+    _begin(folder, identity)
+    images = folder / "images"
+    root: Path = find_root(images) if images.is_dir() else provider.fetch(dataset, folder)
+    freeze(folder, root, dataset, identity, _absolute(dataset.source))
+    return PreparedSet.open(folder)
 
 
 def _reuse(folder: Path, dataset: DatasetConfig, provider: Any) -> PreparedSet:

@@ -1,4 +1,4 @@
-"""Re-read a prepared folder: every image must still have the bytes that its index says."""
+"""Re-read a prepared folder: every image must still have the bytes that its index says, every .beton file its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from distill.progress import Progress
 
 
 def verify(folder: Path) -> int:
-    """Compare size and SHA-256 of every image with the index.
+    """Compare size and SHA-256 of every image with the index, and those of .beton files with their manifest.
 
     Returns:
         The number of images.
 
     Raises:
-        DataError: naming up to five images that are missing or changed; or when index and manifest disagree.
+        DataError: naming up to five images that are missing or changed, or a .beton file that is; or when index and
+            manifest disagree.
     """
     prepared = PreparedSet.open(folder)
     indices = {split: prepared.index(split) for split in prepared.splits}
@@ -40,4 +41,8 @@ def verify(folder: Path) -> int:
             f"{len(faults)} of {total} images are not what they were: {name_some(faults)}; "
             f"restore them, or remove {folder} and prepare it again."
         )
+    if any(folder.glob("ffcv-*/manifest.json")):
+        from data_prep.formats import ffcv
+
+        ffcv.check(folder)
     return total

@@ -28,11 +28,11 @@ COMMANDS = {
     "config": "print the resolved configuration",
 }
 SECTIONS = {
-    "prepare": ("data_root", "dataset"),
-    "squeeze": ("dataset", "teacher", "squeeze", "regularizer", "engine", "loader", "monitor"),
+    "prepare": ("data_root", "dataset", "format"),
+    "squeeze": ("dataset", "teacher", "squeeze", "regularizer", "engine", "format", "loader", "monitor"),
     "recover": ("recover", "monitor"),
     "relabel": ("relabel",),
-    "evaluate": ("student", "relabel", "evaluate", "attacks", "loader", "monitor"),
+    "evaluate": ("student", "relabel", "evaluate", "attacks", "format", "loader", "monitor"),
 }
 GENERAL = ("name", "run_root", "data_root", "seed", "device", "threads", "method", "arm", "arms", "published")
 

@@ -60,11 +60,12 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
         raise ConfigError(_one_sentence(error)) from error
     assert isinstance(config, Config)
     check(config)
-    for group in ("regularizer", "engine", "loader"):
+    for group in ("regularizer", "engine", "loader", "format"):
         name = getattr(config, group).name
         if name not in groups[group]:
             raise ConfigError(f"{group}.name={name} is not one of: {', '.join(groups[group])}.")
-    _check_regularizer(config, groups["regularizer"][config.regularizer.name])
+    for group in ("regularizer", "format", "loader"):
+        _check_taken(config, group, groups[group][getattr(config, group).name])
     return config
 
 
@@ -129,18 +130,22 @@ def _one_sentence(error: Exception) -> str:
     return f"{place}{named}{cause}."
 
 
-def _check_regularizer(config: Config, file: Path) -> None:
-    """A regulariser takes exactly the options that its YAML file sets; another one would be silently ignored."""
-    taken = set(OmegaConf.load(file)) - {"name"}
-    for f in fields(config.regularizer):
-        value = getattr(config.regularizer, f.name)
-        if f.name in ("name", "options"):
+ALWAYS_TAKEN = {"options", "sizes", "ramp", "size_step"}
+"""Options without a value that every choice of their group takes."""
+
+
+def _check_taken(config: Config, group: str, file: Path) -> None:
+    """A choice takes exactly the optional options that its YAML file sets; another one would be silently ignored."""
+    section, taken = getattr(config, group), set(OmegaConf.load(file)) - {"name", "defaults"}
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if f.default is not None or f.name in ALWAYS_TAKEN:
             continue
         if value is not None and f.name not in taken:
             raise ConfigError(
-                f"regularizer.{f.name} is not an option of regularizer={config.regularizer.name}, "
+                f"{group}.{f.name} is not an option of {group}={section.name}, "
                 f"which takes: {', '.join(sorted(map(str, taken))) or 'none'}"
                 f"{'; arm=NAME chooses another arm of the experiment' if config.arms else ''}."
             )
         if value is None and f.name in taken:
-            raise ConfigError(f"regularizer.{f.name} of regularizer={config.regularizer.name} must be set.")
+            raise ConfigError(f"{group}.{f.name} of {group}={section.name} must be set.")

@@ -144,6 +144,9 @@ class RegularizerConfig:
     step_size: float | None = option(None, "step of the inner attack", unit="1/255", above=0)
     steps: int | None = option(None, "steps of the inner attack", low=1)
     random_start: bool | None = option(None, "start the inner attack at a random point of the ball")
+    h_scaling: bool | None = option(
+        None, "h is for image_size: at another resolution it is multiplied by side / image_size"
+    )
     options: dict[str, Any] = option({}, "further options of a regulariser of your own, passed on as they are")
 
 
@@ -240,11 +243,57 @@ class EngineConfig:
 
 
 @dataclass
+class FormatConfig:
+    """How prepared images lie on disk. A format takes exactly the options that its YAML file sets."""
+
+    name: str = option("folder", "folder: the image files as they are; ffcv: .beton files for loader=ffcv")
+    mode: str | None = option(
+        None,
+        "records are pixels, JPEG, or JPEG for a share of them; auto: raw up to 256 pixels, above that proportion",
+        choices=("auto", "raw", "jpg", "proportion"),
+    )
+    jpeg_share: float | None = option(None, "share of JPEG records of mode=proportion", low=0, high=1)
+    quality: int | None = option(None, "quality of JPEG records", low=1, high=100)
+    side: str | None = option(None, "side of an image that resolution limits", choices=("longest", "shortest"))
+    resolution: int | None = option(
+        None, "larger images are made smaller; 0: image_size · 400/224 (400 at 224, as in ffcv-imagenet)", unit="pixels"
+    )
+
+
+@dataclass
 class LoaderConfig:
-    """What reads the real images."""
+    """What reads the real images. ``order`` and ``cache`` belong to the loaders whose YAML files set them."""
 
     name: str = option("folder", "module distill/data/NAME_loader.py")
-    workers: int = option(2, "processes that decode images on each rank", low=0, result=False)
+    workers: int = option(2, "processes (folder) or threads (ffcv, dali) that read on each rank", low=0, result=False)
+    drop_last: bool = option(True, "leave out the last training batch of an epoch when it is not full")
+    order: str | None = option(
+        None,
+        "random: any permutation; quasi_random: few pages of the file are open at a time",
+        choices=("random", "quasi_random"),
+    )
+    cache: str | None = option(
+        None,
+        "page: memory-mapped through the operating system's page cache; process: each process reads and keeps pages",
+        choices=("page", "process"),
+        result=False,
+    )
+    resolution: str = option(
+        "constant",
+        "training images have dataset.image_size, or rise from sizes[0] to sizes[1]; tests always have image_size",
+        choices=("constant", "rising"),
+    )
+    sizes: list[int] | None = option(None, "first and last side of resolution=rising", unit="pixels", length=2, low=8)
+    ramp: list[float] | None = option(
+        None,
+        "shares of the epochs between which resolution=rising rises; [0.74, 0.86] when unset",
+        length=2,
+        low=0,
+        high=1,
+    )
+    size_step: int | None = option(
+        None, "sides of resolution=rising are multiples of this; 32 when unset", unit="pixels", low=1
+    )
 
 
 @dataclass
@@ -277,6 +326,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     attacks: AttacksConfig = field(default_factory=AttacksConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    format: FormatConfig = field(default_factory=FormatConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     arm: str = option("", "run only this arm of the experiment", result=False)
@@ -369,8 +419,31 @@ def _check_together(config: Config) -> None:
             f"dataset.stored_size={c.dataset.stored_size} must not be smaller than "
             f"dataset.image_size={c.dataset.image_size}."
         )
+    _check_loader(c)
     if len(set(c.evaluate.seeds)) != len(c.evaluate.seeds) or not c.evaluate.seeds:
         raise ConfigError(f"evaluate.seeds={c.evaluate.seeds} must hold at least one seed, each once.")
+
+
+def _check_loader(c: Config) -> None:
+    if c.loader.name == "ffcv" and c.format.name != "ffcv":
+        raise ConfigError(f"loader=ffcv reads .beton files and needs format=ffcv, not format={c.format.name}.")
+    if not c.loader.drop_last and c.regularizer.name in ("loss_difference", "curvature_norm"):
+        raise ConfigError(f"regularizer={c.regularizer.name} needs whole batches: leave loader.drop_last=true.")
+    given = [name for name in ("sizes", "ramp", "size_step") if getattr(c.loader, name) is not None]
+    if c.loader.resolution == "constant":
+        if given:
+            raise ConfigError(f"loader.{given[0]} belongs to loader.resolution=rising.")
+        return
+    sizes, ramp = c.loader.sizes, c.loader.ramp
+    if sizes is None:
+        raise ConfigError("loader.resolution=rising needs loader.sizes, such as [160,192].")
+    for name, pair in (("sizes", sizes), ("ramp", ramp)):
+        if pair is not None and pair[0] > pair[1]:
+            raise ConfigError(f"loader.{name}={pair} must rise.")
+    if c.squeeze.crop != "resized":
+        raise ConfigError(f"loader.resolution=rising needs squeeze.crop=resized, not {c.squeeze.crop}.")
+    if c.dataset.stored_size and sizes[1] > c.dataset.stored_size:
+        raise ConfigError(f"loader.sizes={sizes} must not exceed dataset.stored_size={c.dataset.stored_size}.")
 
 
 def result_options(config: Any, *keys: str) -> dict[str, Any]:

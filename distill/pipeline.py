@@ -45,6 +45,11 @@ class Stage:
     inputs: Callable[[Config], tuple[str, ...]]
 
 
+def _format_options(config: Config) -> tuple[str, ...]:
+    """How the images were stored changes what a loader reads only where it reads that format."""
+    return ("format",) if config.loader.name == config.format.name != "folder" else ()
+
+
 def _student_options(config: Config) -> tuple[str, ...]:
     return ("seed", "student", *TRAINING, *(() if _stores_labels(config) else ("relabel",)))
 
@@ -64,7 +69,7 @@ STAGES = (
         "squeeze",
         "teacher",
         "squeeze",
-        lambda config: ("seed", "dataset", "teacher", "squeeze", "regularizer", "loader"),
+        lambda config: ("seed", "dataset", "teacher", "squeeze", "regularizer", "loader", *_format_options(config)),
         lambda config: (DATASET,),
     ),
     Stage("recover", "distilled", "recover", lambda config: ("seed", "recover"), lambda config: ("teacher",)),
@@ -100,7 +105,7 @@ def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Conf
         _preflight(config, command)
     if prepare is not None and rank == 0:
         # The other ranks wait in the process group, which is joined when the data is there.
-        for config in {each.dataset.name: each for each in configs}.values():
+        for config in {(str(each.dataset), str(each.format)): each for each in configs}.values():
             prepare(config)
     with processes(first.device, first.threads) as group:
         for config in configs:
@@ -187,7 +192,9 @@ def _preflight(config: Config, command: str) -> None:
     from distill.regularizers import Surroundings, build_regularizer
     from distill.stages.evaluate import planned_outcomes
 
-    surroundings = Surroundings(config.dataset.mean, config.dataset.std, config.squeeze.batch_size)
+    surroundings = Surroundings(
+        config.dataset.mean, config.dataset.std, config.squeeze.batch_size, config.dataset.image_size
+    )
     build_regularizer(config.regularizer, surroundings)
     if command in ("run", "evaluate"):
         planned_outcomes(config)

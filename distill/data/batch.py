@@ -19,12 +19,14 @@ class Batch:
         labels: int64 (N,).
         indices: int64 (N,), positions in the list of samples: rank-free names of the images.
         epoch: the epoch that the batch belongs to.
+        weight: what the mean over these images counts beside the means of other ranks; 1 when all are equally many.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     epoch: int = 0
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,12 +36,12 @@ class Batch:
         # Only towards a GPU: a copy to the CPU would be read before it has arrived.
         later = torch.device(device).type == "cuda"
         images, labels, indices = (t.to(device, non_blocking=later) for t in (self.images, self.labels, self.indices))
-        return Batch(images, labels, indices, self.epoch)
+        return Batch(images, labels, indices, self.epoch, self.weight)
 
     def split(self, parts: int) -> list[Batch]:
-        """Equal consecutive parts, for gradient accumulation."""
+        """Consecutive parts, equal where the number of images allows it, for gradient accumulation."""
         columns = zip(*(t.chunk(parts) for t in (self.images, self.labels, self.indices)), strict=True)
-        return [Batch(images, labels, indices, self.epoch) for images, labels, indices in columns]
+        return [Batch(images, labels, indices, self.epoch, self.weight) for images, labels, indices in columns]
 
 
 Item = TypeVar("Item", covariant=True)

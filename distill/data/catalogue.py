@@ -13,7 +13,7 @@ from distill.data.samples import ClassInfo, Samples, by_class
 from distill.errors import ConfigError, DataError
 from distill.randomness import generator
 
-FORMAT, VERSION = "guard-dataset", 1
+FORMAT, VERSION = "guard-dataset", 2
 
 
 class PreparedSet:
@@ -75,7 +75,8 @@ class PreparedSet:
             DataError: when the data set has no such split.
         """
         if split == "test":
-            return Samples(self.root, self.index("test"), self.classes, split)
+            whole = self.index("test")
+            return Samples(self.root, whole, self.classes, split, np.arange(len(whole)))
         if split == "validation" and not validation_per_class:
             raise ConfigError("The validation split needs dataset.validation_per_class of at least 1.")
         whole, kept = self.index("train"), []
@@ -91,7 +92,8 @@ class PreparedSet:
                 continue
             rest = generator(seed, "subset", label).permutation(members[validation_per_class:])
             kept.append(rest[: max_per_class or None])
-        return Samples(self.root, whole.take(np.sort(np.concatenate(kept))), self.classes, split)
+        rows = np.sort(np.concatenate(kept))
+        return Samples(self.root, whole.take(rows), self.classes, split, rows)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -61,13 +61,18 @@ def central_square(image: Image.Image, shorter: int, size: int) -> NDArray[np.ui
     Returns:
         uint8 (3, size, size).
     """
-    width, height = image.size
-    if min(width, height) != shorter:
-        short = min(width, height)
-        width, height = (shorter if side == short else int(shorter * side / short) for side in (width, height))
+    height, width = resized_shape(image.height, image.width, shorter)
+    if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return channels_first(image.crop((left, top, left + size, top + size)))
+
+
+def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """Height and width after the shorter side is resized to ``shorter``, in pixels, rounded as torchvision does."""
+    short = min(height, width)
+    scaled = [shorter if side == short else int(shorter * side / short) for side in (height, width)]
+    return scaled[0], scaled[1]
 
 
 def box_of(image: Image.Image, box: NDArray[np.int64], size: int) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,24 @@ class Index:
         labels: int64 (N,).
         sizes: int64 (N,), bytes of each file.
         checksums: uint8 (N, 32), SHA-256 of each file.
+        shapes: int64 (N, 2), height and width of each image in pixels.
+        plain: bool (N,), whether a file is a JPEG with red, green and blue or one grey channel, which every decoder
+            reads alike; the others (PNG, CMYK, 16 bit …) are left to Pillow.
     """
 
     names: NDArray[np.bytes_]
     labels: NDArray[np.int64]
     sizes: NDArray[np.int64]
     checksums: NDArray[np.uint8]
+    shapes: NDArray[np.int64]
+    plain: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, positions: NDArray[np.int64]) -> Index:
         """The index of some of the files, in the given order."""
-        return Index(self.names[positions], self.labels[positions], self.sizes[positions], self.checksums[positions])
+        return Index(**{column.name: getattr(self, column.name)[positions] for column in fields(self)})
 
     def path(self, root: Path, position: int) -> Path:
         """Where one file lies."""
@@ -59,6 +64,8 @@ class Index:
             "labels": self.labels,
             "sizes": self.sizes,
             "checksums": self.checksums,
+            "shapes": self.shapes,
+            "plain": self.plain,
         }
         save_tensors(path, {name: torch.from_numpy(column) for name, column in columns.items()})
         return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -86,6 +93,8 @@ class Index:
             columns["labels"],
             columns["sizes"],
             columns["checksums"],
+            columns["shapes"],
+            columns["plain"],
         )
 
 

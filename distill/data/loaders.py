@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +12,8 @@ from distill.config import Config
 from distill.data.augment import Augment
 from distill.data.batch import Batch, Loader
 from distill.data.catalogue import PreparedSet
+from distill.data.ordered_loader import Reading
+from distill.data.resolution import Resolution, training_resolution
 from distill.data.samples import Samples
 from distill.errors import ConfigError
 
@@ -25,17 +27,16 @@ def training_loader(
         ConfigError: when the batch cannot be shared equally, or the options do not fit the data set.
     """
     squeeze = config.squeeze
-    augment = Augment(squeeze.crop, (squeeze.crop_scale[0], squeeze.crop_scale[1]), squeeze.padding, squeeze.flip)
-    return _build(
-        config,
-        prepared,
-        samples(config, prepared, "train"),
+    reading = Reading(
         batch_size=squeeze.batch_size,
-        augment=augment,
+        resolution=training_resolution(config),
+        augment=Augment(squeeze.crop, (squeeze.crop_scale[0], squeeze.crop_scale[1]), squeeze.padding, squeeze.flip),
+        drop_last=config.loader.drop_last,
         rank=rank,
         world_size=world_size,
         device=device,
     )
+    return build_loader(config, prepared, samples(config, prepared, "train"), reading)
 
 
 def test_loader(
@@ -60,9 +61,9 @@ def test_loader(
         DataError: when the data set has no such split.
     """
     chosen = samples(config, prepared, split).choose(max_images, config.seed)
-    return _build(
-        config, prepared, chosen, batch_size=batch_size, augment=None, rank=rank, world_size=world_size, device=device
-    )
+    size = config.dataset.image_size
+    reading = Reading(batch_size, Resolution(size, size), rank=rank, world_size=world_size, device=device)
+    return build_loader(config, prepared, chosen, reading)
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
@@ -83,14 +84,9 @@ def samples(config: Config, prepared: PreparedSet, split: str) -> Samples:
     )
 
 
-def _build(config: Config, prepared: PreparedSet, chosen: Samples, **settings: Any) -> Loader[Batch]:
-    loader: Loader[Batch] = importlib.import_module(f"distill.data.{config.loader.name}_loader").build(
-        chosen,
-        image_size=config.dataset.image_size,
-        stored_size=config.dataset.stored_size,
-        seed=config.seed,
-        workers=config.loader.workers,
-        cache=prepared.folder,
-        **settings,
-    )
+def build_loader(config: Config, prepared: PreparedSet, chosen: Samples, reading: Reading) -> Loader[Batch]:
+    """The loader that ``loader`` names, for some samples. The configuration adds seed, workers and stored size."""
+    reading = replace(reading, stored_size=config.dataset.stored_size, seed=config.seed, workers=config.loader.workers)
+    module = importlib.import_module(f"distill.data.{config.loader.name}_loader")
+    loader: Loader[Batch] = module.build(config, prepared, chosen, reading)
     return loader

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,22 +12,28 @@ from numpy.typing import NDArray
 from distill.errors import ConfigError
 from distill.randomness import permutation
 
+Permute = Callable[[int], NDArray[np.int64]]
+"""Epoch → permutation of all positions."""
+
 
 @dataclass(frozen=True)
 class Order:
     """The batches of one rank.
 
-    In training the order is a new permutation each epoch, the last partial global batch is left out, and each rank
-    takes its contiguous, equal share of every global batch. In evaluation the order is that of the samples and
-    nothing is left out: the shares of a global batch differ by at most one image, and an empty share is no batch.
+    In training the order is a new permutation each epoch, and each rank takes its contiguous, equal share of every
+    global batch. What is left after the last whole batch is left out, or becomes a smaller batch whose shares differ
+    by at most one image; where there would be fewer images than ranks, they join the batch before. In evaluation the
+    order is that of the samples and nothing is left out: an empty share is no batch.
 
     Attributes:
         size: number of samples.
         batch_size: images of a global batch, over all ranks.
         shuffle: True for training.
+        drop_last: leave out what does not fill a training batch.
+        permute: gives the order of training in place of a uniform permutation of (seed, epoch).
 
     Raises:
-        ConfigError: when training batches cannot be shared equally, or there are fewer images than one batch.
+        ConfigError: when training batches cannot be shared equally, or there are too few images for a batch.
     """
 
     size: int
@@ -35,6 +42,8 @@ class Order:
     shuffle: bool
     rank: int = 0
     world_size: int = 1
+    drop_last: bool = True
+    permute: Permute | None = None
 
     def __post_init__(self) -> None:
         if not self.shuffle:
@@ -46,23 +55,47 @@ class Order:
                 f"The batch size {self.batch_size} cannot be shared equally by {self.world_size} ranks; "
                 f"nearby sizes that can: {', '.join(sizes)}."
             )
-        if self.size < self.batch_size:
+        if self.size < (self.batch_size if self.drop_last else self.world_size):
+            needed = f"one batch of {self.batch_size}" if self.drop_last else f"the {self.world_size} ranks"
             raise ConfigError(
-                f"The training set has {self.size} images, fewer than one batch of {self.batch_size}; "
+                f"The training set has {self.size} images, fewer than {needed}; "
                 f"choose a batch size of at most {self.size} or more images per class."
             )
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
         if self.shuffle:
-            return self.size // self.batch_size
-        return sum(1 for _ in self.batches(0))
+            return len(self._cuts)
+        share = self.batch_size // self.world_size + (self.rank < self.batch_size % self.world_size)
+        whole, rest = divmod(self.size, self.batch_size)
+        last = rest // self.world_size + (self.rank < rest % self.world_size)
+        return whole * (share > 0) + (last > 0)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[NDArray[np.int64]]:
         """This rank's positions in each batch of an epoch, from batch ``start`` on."""
-        order = permutation(self.seed, "order", epoch, self.size) if self.shuffle else np.arange(self.size)
-        whole = self.size // self.batch_size * self.batch_size if self.shuffle else self.size
-        for first in range(start * self.batch_size, whole, self.batch_size):
-            share = np.array_split(order[first : min(first + self.batch_size, whole)], self.world_size)[self.rank]
+        order = self._permutation(epoch) if self.shuffle else np.arange(self.size)
+        for first, last in self._cuts[start:]:
+            share = np.array_split(order[first:last], self.world_size)[self.rank]
             if len(share):
                 yield share
+
+    def weight(self, share: NDArray[np.int64], number: int) -> float:
+        """What the mean over a share of training batch ``number`` counts beside those of other ranks; 1 when equal."""
+        first, last = self._cuts[number]
+        return len(share) * self.world_size / (last - first)
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if self.permute is not None:
+            return self.permute(epoch)
+        return permutation(self.seed, "order", epoch, self.size)
+
+    @cached_property
+    def _cuts(self) -> list[tuple[int, int]]:
+        """First and last position, exclusive, of every global batch."""
+        whole, rest = divmod(self.size, self.batch_size)
+        cuts = [(number * self.batch_size, (number + 1) * self.batch_size) for number in range(whole)]
+        if not rest or (self.shuffle and self.drop_last):
+            return cuts
+        if self.shuffle and rest < self.world_size:
+            return [*cuts[:-1], (cuts[-1][0], self.size)]
+        return [*cuts, (whole * self.batch_size, self.size)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,12 +32,19 @@ class Samples:
         index: their names, labels and checksums.
         classes: in label order.
         split: "train", "validation" or "test".
+        rows: int64 (N,), positions in the whole index of ``stored``.
     """
 
     root: Path
     index: Index
     classes: list[ClassInfo]
     split: str
+    rows: NDArray[np.int64]
+
+    @property
+    def stored(self) -> str:
+        """The stored split that the samples are part of: "train" or "test"."""
+        return "test" if self.split == "test" else "train"
 
     def __len__(self) -> int:
         return len(self.index)
@@ -65,7 +72,7 @@ class Samples:
 
     def take(self, positions: NDArray[np.int64]) -> Samples:
         """Some of the samples, in the given order."""
-        return Samples(self.root, self.index.take(positions), self.classes, self.split)
+        return replace(self, index=self.index.take(positions), rows=self.rows[positions])
 
     def choose(self, count: int, seed: int) -> Samples:
         """A seeded choice, balanced over the classes; 0, or more than there are, means all.

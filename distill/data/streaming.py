@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,32 +21,38 @@ from distill.data.workers import WORKER_DIED, quiet_worker
 from distill.errors import DataError
 from distill.randomness import uniforms
 
-Key = tuple[int, NDArray[np.int64]]
-"""A batch to read: its epoch and the positions of its images."""
-Columns = tuple[Tensor, Tensor, Tensor, int]
-"""Images, labels, indices and epoch of a batch."""
-
 
 def read_batches(
-    samples: Samples, keys: list[Key], size: int, augment: Augment | None, seed: int, workers: int, pin: bool
-) -> Iterator[Columns]:
-    """Read batches in order, ahead of their use where there are workers, which end with the iteration.
+    samples: Samples,
+    epoch: int,
+    size: int,
+    shares: Sequence[NDArray[np.int64]],
+    augment: Augment | None,
+    seed: int,
+    workers: int,
+    pin: bool,
+) -> Iterator[Tensor]:
+    """The images of each share, in order, read ahead of their use by workers, which end with the iteration.
 
     Args:
         size: height and width of the views, in pixels.
+        shares: positions of the images.
         augment: None for the view of evaluation.
         pin: put the tensors into page-locked memory, for a GPU.
+
+    Returns:
+        Iterator of uint8 (N, 3, size, size).
 
     Raises:
         DataError: naming an image that cannot be read; or when a worker dies.
     """
     loader = DataLoader(
-        _Files(samples, size, augment, seed),
-        sampler=keys,
+        _Files(samples, epoch, size, augment, seed),
+        sampler=shares,
         batch_size=None,
         collate_fn=_as_it_is,
-        num_workers=min(workers, len(keys)),
-        multiprocessing_context="fork" if min(workers, len(keys)) else None,
+        num_workers=min(workers, len(shares)),
+        multiprocessing_context="fork" if min(workers, len(shares)) else None,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # Otherwise it would draw from the global one.
         pin_memory=pin,
@@ -58,10 +64,10 @@ def read_batches(
         # death is found out here.
         signal.signal(signal.SIGCHLD, handler)
     try:
-        for columns in batches:
-            if isinstance(columns, str):
-                raise DataError(columns)
-            yield columns
+        for images in batches:
+            if isinstance(images, str):
+                raise DataError(images)
+            yield images
     except (RuntimeError, EOFError, OSError) as error:
         if _tells_of_death(error):
             raise DataError(WORKER_DIED) from error
@@ -73,23 +79,22 @@ def read_batches(
 class _Files(Dataset[Any]):
     """Whole batches, decoded in a worker by numpy and Pillow: torch's threads do not survive a fork."""
 
-    def __init__(self, samples: Samples, size: int, augment: Augment | None, seed: int):
-        self.samples, self.size, self.augment, self.seed = samples, size, augment, seed
+    def __init__(self, samples: Samples, epoch: int, size: int, augment: Augment | None, seed: int):
+        self.samples, self.epoch, self.size, self.augment, self.seed = samples, epoch, size, augment, seed
 
-    def __getitem__(self, key: Key) -> Columns | str:
-        """Columns of a batch; or the message of a DataError, which a worker could only raise with a traceback."""
-        epoch, share = key
-        images = np.empty((len(share), 3, self.size, self.size), dtype=np.uint8)
+    def __getitem__(self, share: NDArray[np.int64]) -> Tensor | str:
+        """Images of a batch; or the message of a DataError, which a worker could only raise with a traceback."""
+        # Channels last in memory, as Pillow has them: nothing is transposed.
+        images = np.empty((len(share), self.size, self.size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
         for image, position in zip(images, share.tolist(), strict=True):
             numbers = None
             if self.augment is not None:
-                numbers = uniforms(self.seed, "augment", epoch, [position], UNIFORMS)
+                numbers = uniforms(self.seed, "augment", self.epoch, [position], UNIFORMS)
             try:
                 image[:] = image_view(read_image(self.samples.path(position)), self.size, self.augment, numbers)
             except DataError as error:
                 return str(error)
-        labels, indices = torch.from_numpy(self.samples.labels[share]), torch.from_numpy(share)
-        return torch.from_numpy(images), labels, indices, epoch
+        return torch.from_numpy(images)
 
 
 def _as_it_is(batch: Any) -> Any:

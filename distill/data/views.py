@@ -32,6 +32,7 @@ class ViewBatch:
         labels: int64 (N,) of the own images; empty when not asked for.
         partner_labels: int64 (N,).
         logits: the teacher's answers, float32 (N, classes), or None.
+        weight: see ``Batch``.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class ViewBatch:
     labels: Tensor
     partner_labels: Tensor
     logits: Tensor | None = None
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.images)

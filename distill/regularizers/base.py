@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -19,11 +20,13 @@ class Surroundings:
     Attributes:
         mean, std: the normalisation, three numbers each in [0, 1] pixels.
         batch_size: images per optimiser step over all ranks and micro-batches, the N of a batch-mean loss.
+        image_size: the resolution that h is stated for, in pixels.
     """
 
     mean: Sequence[float]
     std: Sequence[float]
     batch_size: int
+    image_size: int
 
 
 class Regularizer:
@@ -54,6 +57,20 @@ class Regularizer:
             labels: int64 (N,).
         """
         return {}
+
+
+class SteppingRegularizer(Regularizer):
+    """A regulariser that looks at x + h z: ``h`` is an L2 length at ``surroundings.image_size``."""
+
+    h: float
+    h_scaling: bool
+
+    def step_length(self, images: Tensor) -> float:
+        """h for these images (N, C, H, W): the same step per value at every resolution, if ``h_scaling`` (SPEC §1)."""
+        if not self.h_scaling:
+            return self.h
+        height, width = images.shape[-2:]
+        return self.h * math.sqrt(height * width) / self.surroundings.image_size
 
 
 def build_regularizer(config: RegularizerConfig, surroundings: Surroundings) -> Regularizer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from distill.regularizers.base import Regularizer
+from distill.regularizers.base import SteppingRegularizer
 from distill.regularizers.input_gradient import Loss, cross_entropy, input_gradient
 from distill.regularizers.numerics import ieee_backward, ieee_float32, inference_mode_layers, unit_direction
 
@@ -55,14 +55,15 @@ def curvature_penalty(
 
 
 @dataclass
-class Curvature(Regularizer):
+class Curvature(SteppingRegularizer):
     """ℓ_R = mean ℓ(x) + λ · mean R(x) (Eq. 11): ``weight`` is λ."""
 
     weight: float
     h: float
+    h_scaling: bool = True
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        curvature = curvature_penalty(network, images, labels, self.h).mean()
+        curvature = curvature_penalty(network, images, labels, self.step_length(images)).mean()
         return {"penalty": self.weight * curvature, "curvature": curvature.detach()}
 
 

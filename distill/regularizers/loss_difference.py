@@ -8,13 +8,13 @@ import torch
 import torch.distributed.nn.functional as differentiable
 from torch import Tensor, distributed, nn
 
-from distill.regularizers.base import Regularizer
+from distill.regularizers.base import SteppingRegularizer
 from distill.regularizers.input_gradient import cross_entropy, input_gradient
 from distill.regularizers.numerics import ieee_backward, ieee_float32, inference_mode_layers, unit_direction
 
 
 @dataclass
-class LossDifference(Regularizer):
+class LossDifference(SteppingRegularizer):
     """β · |L(x + h z) − L(x)|, L the mean loss over the global batch, both in eval mode: ``weight`` is β.
 
     Over ranks L is averaged by a differentiable all-reduce before the absolute value is taken.
@@ -22,12 +22,13 @@ class LossDifference(Regularizer):
 
     weight: float
     h: float
+    h_scaling: bool = True
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with inference_mode_layers(network), ieee_float32(images.device.type):
             with torch.no_grad():
                 z = unit_direction(input_gradient(network, labels)(images))
-            losses = [cross_entropy(network(x), labels).mean() for x in (images + self.h * z, images)]
+            losses = [cross_entropy(network(x), labels).mean() for x in (images + self.step_length(images) * z, images)]
             difference = losses[0] - losses[1]
             if distributed.is_initialized() and distributed.get_world_size() > 1:
                 difference = differentiable.all_reduce(difference) / distributed.get_world_size()

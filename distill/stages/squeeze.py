@@ -153,7 +153,9 @@ def build_task(config: Config, network: nn.Module) -> SqueezeTask:
     """The squeeze task of a configuration, on the device of the network."""
     device = next(network.parameters()).device
     normalize = Normalize(config.dataset.mean, config.dataset.std).to(device)
-    surroundings = Surroundings(config.dataset.mean, config.dataset.std, config.squeeze.batch_size)
+    surroundings = Surroundings(
+        config.dataset.mean, config.dataset.std, config.squeeze.batch_size, config.dataset.image_size
+    )
     return SqueezeTask(
         network.train(),
         normalize,

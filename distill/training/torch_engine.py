@@ -55,9 +55,10 @@ class TorchEngine:
         for number, part in enumerate(parts, start=1):
             with self._synchronised(last=number == len(parts)):
                 terms = self.wrapped(part)
-                (terms["loss"] / len(parts)).backward()
+                share = len(part) / len(batch)
+                (terms["loss"] * (share * batch.weight)).backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach() / len(parts)
+                sums[name] = sums.get(name, 0) + term.detach() * share
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         sums["parameter_gradient"] = nn.utils.get_total_norm(gradients)
         check_finite(sums, self.step_count)

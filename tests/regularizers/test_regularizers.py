@@ -30,7 +30,7 @@ def make(name, *overrides):
         key, value = override
         setattr(config.regularizer, key, value)
     dataset = config.dataset
-    regularizer = build_regularizer(config.regularizer, Surroundings(dataset.mean, dataset.std, 16))
+    regularizer = build_regularizer(config.regularizer, Surroundings(dataset.mean, dataset.std, 16, 16))
     network = build_network(config.teacher, 10, 16, 0, "test")
     return SqueezeTask(network.train(), Normalize(dataset.mean, dataset.std), regularizer), network
 
@@ -125,10 +125,23 @@ def test_adversarial_examples_are_worse_and_within_the_ball(batch):
 
 def test_unknown_names_and_options_are_refused():
     config = compose(["regularizer=curvature"])
-    surroundings = Surroundings([0.5] * 3, [0.2] * 3, 4)
+    surroundings = Surroundings([0.5] * 3, [0.2] * 3, 4, 8)
     config.regularizer.options["typo"] = 1
     with pytest.raises(ConfigError, match="typo"):
         build_regularizer(config.regularizer, surroundings)
     config.regularizer.name = "missing"
     with pytest.raises(ConfigError, match=r"distill/regularizers/missing\.py"):
         build_regularizer(config.regularizer, surroundings)
+
+
+@pytest.mark.parametrize("name", ["curvature", "curvature_norm", "loss_difference"])
+def test_the_step_per_value_is_the_same_at_every_resolution(name, batch):
+    """h = 3 at 32 pixels is h = 1.5 on the 16-pixel images here, unless h_scaling is off."""
+    _, expected, _ = gradients(name, batch, ("h", 1.5), ("h_scaling", False))
+    config = compose([f"regularizer={name}", "teacher.network=resnet10", "teacher.width=8", "teacher.stem=stride1"])
+    config.regularizer.h = 3.0
+    task, _ = make(name)
+    task.regularizer = build_regularizer(config.regularizer, Surroundings([0.5] * 3, [0.5] * 3, 16, 32))
+    torch.testing.assert_close(task(batch)[name], expected[name], rtol=1e-6, atol=0)
+    task.regularizer.h_scaling = False
+    assert task(batch)[name] > 1.1 * expected[name]

@@ -1,0 +1,160 @@
+"""The loader that decodes with NVIDIA DALI, on the GPU where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.config import Config
+from distill.data.catalogue import PreparedSet
+from distill.data.crops import UNIFORMS, flips
+from distill.data.dali_source import Source, Views
+from distill.data.decode import read_image
+from distill.data.geometry import Cut, take_steps, view_steps
+from distill.data.ordered_loader import OrderedLoader, Reading, Shares
+from distill.data.samples import Samples
+from distill.errors import DataError, MissingPackageError
+from distill.randomness import uniforms
+
+
+class DaliLoader(OrderedLoader):
+    """Batches from image files. Crops and flips are those of ``FolderLoader``; pixels differ by what decoding and
+    interpolation round differently. Files are read by ``workers`` threads and decoded by as many of DALI, or by the
+    GPU; those that are not plain JPEGs (see ``Index``) are decoded by Pillow.
+
+    DALI's pipeline lives as long as the iteration over an epoch: to build one takes milliseconds.
+
+    Attributes:
+        whole: whether DALI resizes and flips too, as it does on a GPU. On a CPU torch resizes four times as fast.
+
+    Raises:
+        MissingPackageError: when DALI is not installed.
+    """
+
+    def __init__(self, samples: Samples, reading: Reading):
+        _library()
+        super().__init__(samples, reading)
+        self.whole = self.device.type == "cuda"
+
+    def _images(self, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+        if not shares:
+            return
+        batches = [partial(self._views, epoch, size, share) for share in shares]
+        source = Source(self.samples, batches, self.reading.workers, self.whole)
+        pipeline = None
+        try:
+            pipeline = self._pipeline(source, max(map(len, shares)), batches[0]())
+            for _ in shares:
+                yield self._next(pipeline, source)
+        finally:
+            del pipeline  # DALI's threads end with the last reference.
+            source.close()
+
+    def _views(self, epoch: int, size: int, share: NDArray[np.int64]) -> Views:
+        r, shapes = self.reading, self.samples.index.shapes[share]
+        if r.augment is None:
+            return Views(share, view_steps(shapes, size, None, None, r.stored_size), None)
+        uniform = uniforms(r.seed, "augment", epoch, share.tolist(), UNIFORMS)
+        steps = view_steps(shapes, size, r.augment, uniform, r.stored_size)
+        return Views(share, steps, flips(uniform).astype(np.int32) if r.augment.flip else None)
+
+    def _pipeline(self, source: Source, batch_size: int, example: Views) -> Any:
+        """A pipeline from the files and numbers of a source to images: uint8 (H, W, 3)."""
+        fn, types, pipeline_class = _library()
+        gpu = self.device.type == "cuda"
+        decoding = {
+            "device": "mixed" if gpu else "cpu",
+            "output_type": types.RGB,
+            "adjust_orientation": False,
+            "use_fast_idct": False,
+            "jpeg_fancy_upsampling": True,  # On a GPU as on a CPU.
+        }
+        pipeline = pipeline_class(
+            batch_size=batch_size,
+            num_threads=max(1, self.reading.workers),
+            device_id=self._device_index() if gpu else None,
+            prefetch_queue_depth=2,
+            exec_dynamic=True,  # Older versions need to be told: outputs stay whole when DALI goes on.
+        )
+        with pipeline:
+            inputs = 1 + len(source.numbers(example))
+            images, *numbers = fn.external_source(source=source, num_outputs=inputs, batch=True)
+            steps = example.steps
+            if isinstance(steps[0], Cut):
+                box = {"start": numbers.pop(0), "shape": numbers.pop(0), "axes": (0, 1)}
+                images, steps = fn.decoders.image_slice(images, **box, **decoding), steps[1:]
+            else:
+                images = fn.decoders.image(images, **decoding)
+            for step in steps if self.whole else []:
+                if isinstance(step, Cut):
+                    box = {"start": numbers.pop(0), "shape": numbers.pop(0), "axes": (0, 1)}
+                    images = fn.slice(images, **box, out_of_bounds_policy="pad", fill_values=0)
+                else:
+                    linear = {"interp_type": types.INTERP_LINEAR, "antialias": step.antialias}
+                    images = fn.resize(images, size=numbers.pop(0), **linear)
+            if numbers:
+                images = fn.flip(images, horizontal=numbers.pop(0))
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    def _device_index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    def _next(self, pipeline: Any, source: Source) -> Tensor:
+        """The next batch, in memory of its own: uint8 (N, 3, size, size)."""
+        gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if gpu else contextlib.nullcontext():
+            try:
+                # DALI waits for torch's stream before it uses this memory again, so for the copy below.
+                (images,) = pipeline.run(torch.cuda.current_stream()) if gpu else pipeline.run()
+            except StopIteration:
+                raise source.error or RuntimeError("DALI gave fewer batches than it was to give.") from None
+            except RuntimeError as error:
+                raise self._fault(error, source) from error
+            views = source.under_way.popleft()
+            if self.whole:
+                return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).contiguous()
+        steps = views.steps[isinstance(views.steps[0], Cut) :]
+        taken = [take_steps(torch.from_dlpack(image).permute(2, 0, 1), steps, n) for n, image in enumerate(images)]
+        if views.flip is not None:
+            taken = [image.flip(2) if flip else image for image, flip in zip(taken, views.flip, strict=True)]
+        return torch.stack(taken)
+
+    def _fault(self, error: RuntimeError, source: Source) -> Exception:
+        """What to raise for an error of DALI: it names no file."""
+        for position in np.concatenate([views.share for views in source.under_way]):
+            try:
+                read_image(self.samples.path(position))
+            except DataError as found:
+                return found
+        if "memory" in str(error):
+            return error
+        cause = (str(error).partition("encountered:")[2] or str(error)).strip().partition("\n")[0].rstrip(" .:")
+        return DataError(
+            f"NVIDIA DALI cannot decode an image of {self.samples.root} that Pillow can ({cause}); use loader=folder."
+        )
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """DALI's ``fn``, ``types`` and ``Pipeline``."""
+    try:
+        from nvidia.dali import Pipeline, fn, types
+    except (ImportError, OSError) as error:
+        raise MissingPackageError(
+            f"loader=dali needs NVIDIA DALI ({error}): pip install 'guard-distill[dali]', "
+            f"or nvidia-dali-cuda120 beside a torch of CUDA 12."
+        ) from error
+    return fn, types, Pipeline
+
+
+def build(config: Config, prepared: PreparedSet, samples: Samples, reading: Reading) -> DaliLoader:
+    """The loader of ``loader=dali``."""
+    return DaliLoader(samples, reading)
