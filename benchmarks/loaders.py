@@ -42,10 +42,12 @@ from torchvision.transforms import v2
 from data_prep import prepare
 from distill.compose import compose
 from distill.config import Config
+from distill.data.augment import Augment
 from distill.data.beton import BetonLayout
 from distill.data.catalogue import PreparedSet
-from distill.data.crops import UNIFORMS, resized_boxes
+from distill.data.crops import UNIFORMS
 from distill.data.ffcv_loader import library
+from distill.data.geometry import take_steps, view_steps
 from distill.data.loaders import training_loader
 from distill.provenance import environment
 from distill.randomness import uniforms
@@ -128,14 +130,11 @@ def floors(config: Config, workers: int) -> dict[str, Epoch]:
         size = int(height) * int(width) * 3
         images.append(memory[int(start) : int(start) + size].reshape(int(height), int(width), 3))
     numbers = uniforms(0, "augment", 0, range(len(images)), UNIFORMS)
-    boxes = resized_boxes(numbers, records["height"].astype(int), records["width"].astype(int)).tolist()
-    buffers = [np.empty((SIZE, SIZE, 3), np.uint8) for _ in images[:64]]
+    shapes = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+    steps = view_steps(shapes, SIZE, Augment(), numbers)
 
     def crop(position: int) -> int:
-        top, left, height, width = boxes[position]
-        box, cv2 = images[position][top : top + height, left : left + width], ffcv.cv2
-        way = cv2.INTER_AREA if min(height, width) >= SIZE else cv2.INTER_LINEAR
-        cv2.resize(box, (SIZE, SIZE), dst=buffers[position % 64], interpolation=way)
+        take_steps(images[position], steps, position)
         return 1
 
     def spread(function: Callable[[int], int], positions: list[int]) -> int:

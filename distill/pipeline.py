@@ -189,6 +189,7 @@ def _work(
 
 def _preflight(config: Config, command: str) -> None:
     """Find what would stop a later stage, before any work."""
+    from distill.data.loaders import check_installed
     from distill.regularizers import Surroundings, build_regularizer
     from distill.stages.evaluate import planned_outcomes
 
@@ -196,6 +197,8 @@ def _preflight(config: Config, command: str) -> None:
         config.dataset.mean, config.dataset.std, config.squeeze.batch_size, config.dataset.image_size
     )
     build_regularizer(config.regularizer, surroundings)
+    if command in ("run", "squeeze", "evaluate"):
+        check_installed(config)
     if command in ("run", "evaluate"):
         planned_outcomes(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -40,10 +40,11 @@ def write(config: Config, prepared: PreparedSet) -> Path:
     files: dict[str, Any] = {}
     if (folder / "manifest.json").is_file():
         files = {split: beton_file(prepared, layout, split)[1] for split in read_beton_manifest(folder)["files"]}
-    plans = [Plan.of(prepared, layout, split) for split in prepared.splits if split not in files]
-    if not plans:
+    missing = [split for split in prepared.splits if split not in files]
+    if not missing:
         return folder
-    library()
+    library()  # Told first when it is not installed.
+    plans = [Plan.of(prepared, layout, split) for split in missing]
     complete = {"format": FORMAT, "version": VERSION, "fingerprint": prepared.fingerprint, "layout": asdict(layout)}
     with _telling(folder):
         folder.mkdir(exist_ok=True)

@@ -69,8 +69,9 @@ class BetonLayout:
 def beton_file(prepared: PreparedSet, layout: BetonLayout, split: str) -> tuple[Path, dict[str, Any]]:
     """The .beton file of a stored split and its entry in the manifest.
 
-    An entry holds ``file``, ``records``, ``bytes``, where the images begin and end in it (``data_start``, ``data_end``),
-    and the SHA-256 of the images (``data_sha256``) and of everything else (``index_sha256``), which is checked here.
+    An entry holds ``file``, ``records``, ``bytes``, where the images begin and end in the file (``data_start``,
+    ``data_end``), and the SHA-256 of the images (``data_sha256``) and of everything else (``index_sha256``), which is
+    checked here.
 
     Args:
         split: "train" or "test".

@@ -23,6 +23,9 @@ from distill.data.samples import Samples
 from distill.errors import DataError, MissingPackageError
 from distill.randomness import uniforms
 
+PACKAGE = "nvidia.dali"
+INSTALL = "pip install 'guard-distill[dali]', or 'guard-distill[dali-cuda12]' beside a torch of CUDA 12"
+
 
 class DaliLoader(OrderedLoader):
     """Batches from image files. Crops and flips are those of ``FolderLoader``; pixels differ by what decoding and
@@ -123,10 +126,9 @@ class DaliLoader(OrderedLoader):
             if self.whole:
                 return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).contiguous()
         steps = views.steps[isinstance(views.steps[0], Cut) :]
-        taken = [take_steps(torch.from_dlpack(image).permute(2, 0, 1), steps, n) for n, image in enumerate(images)]
-        if views.flip is not None:
-            taken = [image.flip(2) if flip else image for image, flip in zip(taken, views.flip, strict=True)]
-        return torch.stack(taken)
+        flip = np.zeros(len(views.share), dtype=bool) if views.flip is None else views.flip
+        taken = [take_steps(np.asarray(image), steps, n, bool(flip[n])) for n, image in enumerate(images)]
+        return torch.from_numpy(np.stack(taken)).permute(0, 3, 1, 2)
 
     def _fault(self, error: RuntimeError, source: Source) -> Exception:
         """What to raise for an error of DALI: it names no file."""
@@ -148,10 +150,7 @@ def _library() -> tuple[Any, Any, Any]:
     try:
         from nvidia.dali import Pipeline, fn, types
     except (ImportError, OSError) as error:
-        raise MissingPackageError(
-            f"loader=dali needs NVIDIA DALI ({error}): pip install 'guard-distill[dali]', "
-            f"or nvidia-dali-cuda120 beside a torch of CUDA 12."
-        ) from error
+        raise MissingPackageError(f"DALI could not be imported ({error}); install it with: {INSTALL}.") from error
     return fn, types, Pipeline
 
 

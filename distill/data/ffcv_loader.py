@@ -23,8 +23,8 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.beton import BetonLayout, beton_file
 from distill.data.catalogue import PreparedSet
-from distill.data.crops import UNIFORMS, flips, padded_boxes, resized_boxes
-from distill.data.decode import EVALUATION_MARGIN, resized_shape
+from distill.data.crops import UNIFORMS, flips
+from distill.data.geometry import take_steps, view_steps
 from distill.data.ordered_loader import OrderedLoader, Reading, Shares
 from distill.data.pages import MappedFile, PageCache, threads
 from distill.data.samples import Samples
@@ -41,6 +41,9 @@ RAW = 1
 """FFCV's code of a record of pixels; 0 is JPEG."""
 
 
+PACKAGE = "ffcv"
+
+
 def library() -> SimpleNamespace:
     """The parts of FFCV that are used here.
 
@@ -49,7 +52,6 @@ def library() -> SimpleNamespace:
     """
     count = torch.get_num_threads()
     try:
-        import cv2
         import ffcv.fields
         import ffcv.libffcv
         import ffcv.reader
@@ -60,7 +62,6 @@ def library() -> SimpleNamespace:
     finally:
         torch.set_num_threads(count)  # Importing ffcv sets torch to one thread (ffcv/pipeline/compiler.py).
     return SimpleNamespace(
-        cv2=cv2,
         fields=ffcv.fields,
         types=ffcv.types,
         Reader=ffcv.reader.Reader,
@@ -91,7 +92,7 @@ class FfcvLoader(OrderedLoader):
         sizes[reader.alloc_table["sample_id"].astype(np.int64)] = reader.alloc_table["size"]
         self.page_size = int(reader.page_size)
         self.starts, self.sizes = images["data_ptr"].astype(np.int64), sizes[samples.rows]
-        self.heights, self.widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
+        self.shapes = np.stack([images["height"], images["width"]], axis=1).astype(np.int64)
         self.raw = images["mode"] == RAW
         super().__init__(samples, reading, self._quasi_random if order == "quasi_random" else None)
 
@@ -139,32 +140,19 @@ class FfcvLoader(OrderedLoader):
         self, file: MappedFile | PageCache, epoch: int, size: int, share: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> None:
         """Decode records into ``out``, uint8 (N, size, size, 3)."""
-        augment = self.reading.augment
-        if augment is None:
-            for position, image in zip(share.tolist(), out, strict=True):
-                image[:] = self._centre(self._decode(file, position), size)
-            return
-        numbers = uniforms(self.reading.seed, "augment", epoch, share.tolist(), UNIFORMS)
-        flip = flips(numbers) if augment.flip else np.zeros(len(share), dtype=bool)
-        if augment.crop == "resized":
-            boxes = resized_boxes(numbers, self.heights[share], self.widths[share], augment.crop_scale)
-        else:
-            boxes = padded_boxes(numbers, size, augment.padding) + augment.padding
-        for row, (position, (top, left, height, width)) in enumerate(zip(share.tolist(), boxes.tolist(), strict=True)):
-            view = self._decode(file, position)
-            if augment.crop == "resized":
-                view = self._resize(view[top : top + height, left : left + width], size, size)
-            else:
-                view = self._centre(view, size)
-                if augment.crop == "padded":
-                    border = (augment.padding, augment.padding)
-                    view = np.pad(view, (border, border, (0, 0)))[top : top + size, left : left + size]
-            out[row] = view[:, ::-1] if flip[row] else view
+        r, shapes, numbers = self.reading, self.shapes[share], None
+        flip = np.zeros(len(share), dtype=bool)
+        if r.augment is not None:
+            numbers = uniforms(r.seed, "augment", epoch, share.tolist(), UNIFORMS)
+            flip = flips(numbers) if r.augment.flip else flip
+        steps = view_steps(shapes, size, r.augment, numbers, r.stored_size)
+        for row, position in enumerate(share.tolist()):
+            out[row] = take_steps(self._decode(file, position), steps, row, bool(flip[row]))
 
     def _decode(self, file: MappedFile | PageCache, position: int) -> NDArray[np.uint8]:
         """One record: uint8 (H, W, 3)."""
         record = file.read(int(self.starts[position]), int(self.sizes[position]))
-        height, width = int(self.heights[position]), int(self.widths[position])
+        height, width = self.shapes[position].tolist()
         if self.raw[position]:
             return record.reshape(height, width, 3)
         image = np.empty((height, width, 3), dtype=np.uint8)
@@ -174,26 +162,6 @@ class FfcvLoader(OrderedLoader):
                 f"prepare with format=ffcv again."
             )
         return image
-
-    def _centre(self, image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-        """The view of evaluation, as in ``central_square`` and ``memory_base``."""
-        shorter = round(size * EVALUATION_MARGIN)
-        if self.reading.stored_size:
-            shorter = min(shorter, self.reading.stored_size)
-        height, width = resized_shape(image.shape[0], image.shape[1], shorter)
-        if (height, width) != image.shape[:2]:
-            image = self._resize(image, height, width)
-        top, left = round((height - size) / 2), round((width - size) / 2)
-        return image[top : top + size, left : left + size]
-
-    def _resize(self, image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-        """By area where it shrinks, as FFCV does; bilinear where it grows: FFCV's area interpolation repeats pixels."""
-        cv2 = self.ffcv.cv2
-        shrinks = image.shape[0] >= height and image.shape[1] >= width
-        resized: NDArray[np.uint8] = cv2.resize(
-            image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
-        return resized
 
     def _quasi_random(self, epoch: int) -> NDArray[np.int64]:
         pages, page_of = np.unique(self.starts // self.page_size, return_inverse=True)

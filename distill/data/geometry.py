@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distill.data.augment import Augment
 from distill.data.crops import padded_boxes, resized_boxes
@@ -66,17 +66,29 @@ def view_steps(
     return steps
 
 
-def take_steps(image: Tensor, steps: Sequence[Cut | Resize], number: int) -> Tensor:
-    """What the steps make of image ``number``: uint8 (3, H, W) on the CPU, before and after."""
+def take_steps(
+    image: NDArray[np.uint8], steps: Sequence[Cut | Resize], number: int, flip: bool = False
+) -> NDArray[np.uint8]:
+    """What the steps make of image ``number``, flipped left to right at last: uint8 (H, W, 3), before and after."""
     for step in steps:
-        if isinstance(step, Resize):
-            height, width = step.sizes[number].tolist()
-            image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=step.antialias)[0]
-        else:
-            top, left, height, width = step.boxes[number].tolist()
-            # Negative padding cuts.
-            image = F.pad(image, (-left, left + width - image.shape[2], -top, top + height - image.shape[1]))
-    return image
+        if isinstance(step, Cut):
+            image = _cut(image, *step.boxes[number].tolist())
+        elif image.shape[:2] != (size := tuple(step.sizes[number].tolist())):
+            # Torch's kernel for bytes rounds like Pillow and is as fast as OpenCV's.
+            whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+            resized = F.interpolate(whole, size, mode="bilinear", antialias=step.antialias)
+            image = resized[0].permute(1, 2, 0).numpy()
+    return image[:, ::-1] if flip else image
+
+
+def _cut(image: NDArray[np.uint8], top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
+    bottom, right = top + height, left + width
+    inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    if inside.shape[:2] == (height, width):
+        return inside
+    rows, columns = max(-top, 0), max(-left, 0)
+    border = (rows, height - rows - inside.shape[0]), (columns, width - columns - inside.shape[1]), (0, 0)
+    return np.pad(inside, border)
 
 
 def _central_square(shapes: NDArray[np.int64], shorter: int, size: int) -> list[Cut | Resize]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from distill.data.catalogue import PreparedSet
 from distill.data.ordered_loader import Reading
 from distill.data.resolution import Resolution, training_resolution
 from distill.data.samples import Samples
-from distill.errors import ConfigError
+from distill.errors import ConfigError, MissingPackageError
 
 
 def training_loader(
@@ -87,6 +89,21 @@ def samples(config: Config, prepared: PreparedSet, split: str) -> Samples:
 def build_loader(config: Config, prepared: PreparedSet, chosen: Samples, reading: Reading) -> Loader[Batch]:
     """The loader that ``loader`` names, for some samples. The configuration adds seed, workers and stored size."""
     reading = replace(reading, stored_size=config.dataset.stored_size, seed=config.seed, workers=config.loader.workers)
-    module = importlib.import_module(f"distill.data.{config.loader.name}_loader")
-    loader: Loader[Batch] = module.build(config, prepared, chosen, reading)
+    loader: Loader[Batch] = _module(config).build(config, prepared, chosen, reading)
     return loader
+
+
+def check_installed(config: Config) -> None:
+    """Raise MissingPackageError when the loader needs a package that is not installed; imports none."""
+    module = _module(config)
+    package = getattr(module, "PACKAGE", "")
+    try:
+        found = not package or importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise MissingPackageError(f"loader={config.loader.name} needs {package}; install it with: {module.INSTALL}.")
+
+
+def _module(config: Config) -> Any:
+    return importlib.import_module(f"distill.data.{config.loader.name}_loader")

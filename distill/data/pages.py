@@ -33,7 +33,8 @@ class MappedFile:
         self.path = path
 
     def __enter__(self) -> Self:
-        self.memory = np.memmap(self.path, dtype=np.uint8, mode="r")
+        # Copy on write: torch warns of arrays that cannot be written. Nothing is written.
+        self.memory = np.memmap(self.path, dtype=np.uint8, mode="c")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,10 +103,10 @@ class PageCache:
         return self.kept[page].result()[offset : offset + size]
 
     def _read_page(self, page: int) -> NDArray[np.uint8]:
-        content = os.pread(self.file, self.page_size, page * self.page_size)
-        if not content:
+        content = np.empty(self.page_size, dtype=np.uint8)
+        if not os.preadv(self.file, [content.data], page * self.page_size):
             raise DataError(f"{self.path} ends before its page {page}; remove it and prepare it again.")
-        return np.frombuffer(content, dtype=np.uint8)
+        return content
 
     def _check_memory(self) -> None:
         change = np.zeros(len(self.pages) + 1, dtype=np.int64)

@@ -164,7 +164,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_pixels_are_those_of_the_folder_loader(make, view):
-    """A crop that is off by one pixel would differ by more than 3 levels in the mean."""
+    """A crop that is off by one pixel would differ by more than 2 levels in the mean."""
     loader = make(**VIEWS[view])
     differences = []
     for batch, other in zip(loader, FolderLoader(loader.samples, loader.reading), strict=True):
@@ -334,7 +334,7 @@ def test_loaders_of_a_configuration(photographs):
 
 def test_the_package_is_asked_for(photographs, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(MissingPackageError, match=r"loader=dali .*pip install 'guard-distill\[dali\]'.*cuda120"):
+    with pytest.raises(MissingPackageError, match=r"DALI .*pip install 'guard-distill\[dali\]'.*dali-cuda12"):
         DaliLoader(photographs.samples("train"), reading())
 
 

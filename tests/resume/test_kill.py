@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.reading import skip_without
 from tests.running import command, contents, environment, guard
 
 MOMENTS = {
@@ -39,10 +40,10 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, arguments: list[str] | None = None) -> subprocess.Popen[str]:
     log = (folder / "log").open("a")
     return subprocess.Popen(
-        command(folder, "relabel.epochs=60"),
+        arguments or command(folder, "relabel.epochs=60"),
         stdout=log,
         stderr=log,
         text=True,
@@ -75,6 +76,44 @@ def test_killed_once_in_every_stage(whole: tuple[Path, float], tmp_path: Path) -
     process = start(tmp_path)
     assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     same(tmp_path, whole[0])
+
+
+LOADERS = {
+    "files": ["loader=folder", "dataset.stored_size=0", "loader.drop_last=false"],
+    "ffcv": ["loader=ffcv", "loader.order=quasi_random", "loader.cache=process"],
+    "dali": [
+        "loader=dali",
+        "squeeze.crop=resized",
+        "loader.resolution=rising",
+        "loader.sizes=[16,32]",
+        "loader.size_step=8",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_squeeze_killed_within_an_epoch(tmp_path: Path, name: str) -> None:
+    """With every loader; checkpoints after every step or so, so that most lie within an epoch."""
+    skip_without(name)
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    options = [*LOADERS[name], "squeeze.epochs=3", "monitor.checkpoint_minutes=0"]
+    arguments = [command(folder, *options, stage="squeeze") for folder in folders]
+    done = guard(arguments[0])
+    assert done.returncode == 0, done.stderr
+    folders[1].mkdir()
+    for step in (3, 31):
+        process = start(folders[1], arguments[1])
+        deadline = time.monotonic() + 200
+        while not any(
+            int(p.name.split("-")[1]) >= step for p in folders[1].glob("runs/run/teacher/.checkpoint-*[0-9]")
+        ):
+            assert process.poll() is None, (folders[1] / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        kill(process)
+    process = start(folders[1], arguments[1])
+    assert process.wait(timeout=300) == 0, (folders[1] / "log").read_text()
+    same(folders[1], folders[0])
 
 
 @pytest.mark.slow
