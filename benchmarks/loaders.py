@@ -47,7 +47,7 @@ from distill.data.beton import BetonLayout
 from distill.data.catalogue import PreparedSet
 from distill.data.crops import UNIFORMS
 from distill.data.ffcv_loader import library
-from distill.data.geometry import take_steps, view_steps
+from distill.data.geometry import Views, take_view, view_steps
 from distill.data.loaders import training_loader
 from distill.provenance import environment
 from distill.randomness import uniforms
@@ -131,10 +131,11 @@ def floors(config: Config, workers: int) -> dict[str, Epoch]:
         images.append(memory[int(start) : int(start) + size].reshape(int(height), int(width), 3))
     numbers = uniforms(0, "augment", 0, range(len(images)), UNIFORMS)
     shapes = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
-    steps = view_steps(shapes, SIZE, Augment(), numbers)
+    everything = np.arange(len(images))
+    views = Views(everything, view_steps(shapes, SIZE, Augment(), numbers), everything < 0)
 
     def crop(position: int) -> int:
-        take_steps(images[position], steps, position)
+        take_view(images[position], views, position)
         return 1
 
     def spread(function: Callable[[int], int], positions: list[int]) -> int:

@@ -52,7 +52,9 @@ class PreparedSet:
         counts = ", ".join(f"{self.manifest['splits'][split]['images']} {split}" for split in self.splits)
         skipped = self.manifest["corrupt"]["count"]
         left_out = f", {skipped} unreadable left out" if skipped else ""
-        return f"{self.folder}: {len(self.classes)} classes, {counts} images{left_out}."
+        formats = [file.parent.name for file in sorted(self.folder.glob("*/manifest.json"))]
+        stored = f", stored as {', '.join(formats)}" if formats else ""
+        return f"{self.folder}: {len(self.classes)} classes, {counts} images{left_out}{stored}."
 
     def index(self, split: str) -> Index:
         """The whole index of "train" or "test". Raises DataError when the data set has none, or it is damaged."""

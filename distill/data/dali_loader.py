@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.config import Config
 from distill.data.catalogue import PreparedSet
-from distill.data.crops import UNIFORMS, flips
-from distill.data.dali_source import Source, Views
+from distill.data.dali_source import Source
 from distill.data.decode import read_image
-from distill.data.geometry import Cut, take_steps, view_steps
+from distill.data.geometry import Cut, Views, take_view
 from distill.data.ordered_loader import OrderedLoader, Reading, Shares
 from distill.data.samples import Samples
 from distill.errors import DataError, MissingPackageError
-from distill.randomness import uniforms
 
 PACKAGE = "nvidia.dali"
 INSTALL = "pip install 'guard-distill[dali]', or 'guard-distill[dali-cuda12]' beside a torch of CUDA 12"
@@ -46,10 +44,11 @@ class DaliLoader(OrderedLoader):
         super().__init__(samples, reading)
         self.whole = self.device.type == "cuda"
 
-    def _images(self, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+    def _images(self, epoch: int, size: int, shares: Shares) -> Generator[Tensor, None, None]:
         if not shares:
             return
-        batches = [partial(self._views, epoch, size, share) for share in shares]
+        shapes = self.samples.index.shapes
+        batches = [partial(self._views, epoch, size, share, shapes[share]) for share in shares]
         source = Source(self.samples, batches, self.reading.workers, self.whole)
         pipeline = None
         try:
@@ -59,14 +58,6 @@ class DaliLoader(OrderedLoader):
         finally:
             del pipeline  # DALI's threads end with the last reference.
             source.close()
-
-    def _views(self, epoch: int, size: int, share: NDArray[np.int64]) -> Views:
-        r, shapes = self.reading, self.samples.index.shapes[share]
-        if r.augment is None:
-            return Views(share, view_steps(shapes, size, None, None, r.stored_size), None)
-        uniform = uniforms(r.seed, "augment", epoch, share.tolist(), UNIFORMS)
-        steps = view_steps(shapes, size, r.augment, uniform, r.stored_size)
-        return Views(share, steps, flips(uniform).astype(np.int32) if r.augment.flip else None)
 
     def _pipeline(self, source: Source, batch_size: int, example: Views) -> Any:
         """A pipeline from the files and numbers of a source to images: uint8 (H, W, 3)."""
@@ -102,7 +93,7 @@ class DaliLoader(OrderedLoader):
                 else:
                     linear = {"interp_type": types.INTERP_LINEAR, "antialias": step.antialias}
                     images = fn.resize(images, size=numbers.pop(0), **linear)
-            if numbers:
+            if self.whole:
                 images = fn.flip(images, horizontal=numbers.pop(0))
             pipeline.set_outputs(images)
         pipeline.build()
@@ -125,9 +116,8 @@ class DaliLoader(OrderedLoader):
             views = source.under_way.popleft()
             if self.whole:
                 return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).contiguous()
-        steps = views.steps[isinstance(views.steps[0], Cut) :]
-        flip = np.zeros(len(views.share), dtype=bool) if views.flip is None else views.flip
-        taken = [take_steps(np.asarray(image), steps, n, bool(flip[n])) for n, image in enumerate(images)]
+        rest = replace(views, steps=views.steps[isinstance(views.steps[0], Cut) :])
+        taken = [take_view(np.asarray(image), rest, number) for number, image in enumerate(images)]
         return torch.from_numpy(np.stack(taken)).permute(0, 3, 1, 2)
 
     def _fault(self, error: RuntimeError, source: Source) -> Exception:

@@ -6,7 +6,6 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,27 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.decode import read_image
-from distill.data.geometry import Cut, Resize
+from distill.data.geometry import Cut, Views
 from distill.data.samples import Samples
 from distill.errors import DataError
 
 AHEAD = 3
 """Batches whose files are read before DALI asks for them."""
-
-
-@dataclass(frozen=True)
-class Views:
-    """What is done with the images of one batch.
-
-    Attributes:
-        share: int64 (N,), their positions.
-        steps: of ``view_steps``.
-        flip: int32 (N,), 1 where the result is flipped left to right; None where none ever is.
-    """
-
-    share: NDArray[np.int64]
-    steps: list[Cut | Resize]
-    flip: NDArray[np.int32] | None
 
 
 class Source:
@@ -84,7 +68,7 @@ class Source:
                 numbers += [step.boxes[:, :2].astype(np.int32), step.boxes[:, 2:].astype(np.int32)]
             elif self.whole:
                 numbers.append(step.sizes.astype(np.float32))
-        return [*numbers, views.flip] if self.whole and views.flip is not None else numbers
+        return [*numbers, views.flip.astype(np.int32)] if self.whole else numbers
 
     def _read(self, part: NDArray[np.int64]) -> Callable[[], list[NDArray[np.uint8]]]:
         read = partial(_encoded_files, self.samples, part)

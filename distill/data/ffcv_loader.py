@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +23,14 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.beton import BetonLayout, beton_file
 from distill.data.catalogue import PreparedSet
-from distill.data.crops import UNIFORMS, flips
-from distill.data.geometry import take_steps, view_steps
+from distill.data.geometry import take_view
 from distill.data.ordered_loader import OrderedLoader, Reading, Shares
 from distill.data.pages import MappedFile, PageCache, threads
 from distill.data.samples import Samples
 from distill.errors import DataError, MissingPackageError
-from distill.randomness import seed_for, uniforms
+from distill.randomness import seed_for
 
+PACKAGE = "ffcv"
 INSTALL = (
     "apt-get install libopencv-dev libturbojpeg0-dev pkg-config, then pip install 'guard-distill[ffcv]' "
     "(it is compiled at installation)"
@@ -39,9 +39,6 @@ AHEAD = 3
 """Batches that are decoded before they are asked for."""
 RAW = 1
 """FFCV's code of a record of pixels; 0 is JPEG."""
-
-
-PACKAGE = "ffcv"
 
 
 def library() -> SimpleNamespace:
@@ -96,7 +93,7 @@ class FfcvLoader(OrderedLoader):
         self.raw = images["mode"] == RAW
         super().__init__(samples, reading, self._quasi_random if order == "quasi_random" else None)
 
-    def _images(self, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+    def _images(self, epoch: int, size: int, shares: Shares) -> Generator[Tensor, None, None]:
         pool = threads(self.reading.workers)
         waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
         with self._open(shares, pool) as file:
@@ -140,14 +137,9 @@ class FfcvLoader(OrderedLoader):
         self, file: MappedFile | PageCache, epoch: int, size: int, share: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> None:
         """Decode records into ``out``, uint8 (N, size, size, 3)."""
-        r, shapes, numbers = self.reading, self.shapes[share], None
-        flip = np.zeros(len(share), dtype=bool)
-        if r.augment is not None:
-            numbers = uniforms(r.seed, "augment", epoch, share.tolist(), UNIFORMS)
-            flip = flips(numbers) if r.augment.flip else flip
-        steps = view_steps(shapes, size, r.augment, numbers, r.stored_size)
+        views = self._views(epoch, size, share, self.shapes[share])
         for row, position in enumerate(share.tolist()):
-            out[row] = take_steps(self._decode(file, position), steps, row, bool(flip[row]))
+            out[row] = take_view(self._decode(file, position), views, row)
 
     def _decode(self, file: MappedFile | PageCache, position: int) -> NDArray[np.uint8]:
         """One record: uint8 (H, W, 3)."""

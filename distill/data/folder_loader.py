@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -38,12 +38,12 @@ class FolderLoader(OrderedLoader):
             )
             self.memory = memory_base(squares, reading.resolution.at(0), reading.augment)
 
-    def _images(self, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+    def _images(self, epoch: int, size: int, shares: Shares) -> Generator[Tensor, None, None]:
         if self.memory is not None:
             return self._from_memory(self.memory, epoch, size, shares)
         return self._from_files(epoch, size, shares)
 
-    def _from_memory(self, memory: Tensor, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+    def _from_memory(self, memory: Tensor, epoch: int, size: int, shares: Shares) -> Generator[Tensor, None, None]:
         augment, seed = self.reading.augment, self.reading.seed
         for share in shares:
             images = memory[torch.from_numpy(share)].to(self.device, non_blocking=self.device.type == "cuda")
@@ -52,7 +52,7 @@ class FolderLoader(OrderedLoader):
                 images = batch_view(images, size, augment, numbers)
             yield images
 
-    def _from_files(self, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+    def _from_files(self, epoch: int, size: int, shares: Shares) -> Generator[Tensor, None, None]:
         r = self.reading
         pin = self.device.type == "cuda"
         yield from read_batches(self.samples, epoch, size, shares, r.augment, r.seed, r.workers, pin)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +27,21 @@ class Resize:
 
     sizes: NDArray[np.int64]
     antialias: bool = True
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is done with the images of one batch.
+
+    Attributes:
+        share: int64 (N,), their positions.
+        steps: of ``view_steps``.
+        flip: bool (N,), whether the result is flipped left to right.
+    """
+
+    share: NDArray[np.int64]
+    steps: list[Cut | Resize]
+    flip: NDArray[np.bool_]
 
 
 def view_steps(
@@ -66,11 +80,9 @@ def view_steps(
     return steps
 
 
-def take_steps(
-    image: NDArray[np.uint8], steps: Sequence[Cut | Resize], number: int, flip: bool = False
-) -> NDArray[np.uint8]:
-    """What the steps make of image ``number``, flipped left to right at last: uint8 (H, W, 3), before and after."""
-    for step in steps:
+def take_view(image: NDArray[np.uint8], views: Views, number: int) -> NDArray[np.uint8]:
+    """View ``number`` of a batch, from its image: uint8 (H, W, 3), before and after."""
+    for step in views.steps:
         if isinstance(step, Cut):
             image = _cut(image, *step.boxes[number].tolist())
         elif image.shape[:2] != (size := tuple(step.sizes[number].tolist())):
@@ -78,7 +90,7 @@ def take_steps(
             whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
             resized = F.interpolate(whole, size, mode="bilinear", antialias=step.antialias)
             image = resized[0].permute(1, 2, 0).numpy()
-    return image[:, ::-1] if flip else image
+    return image[:, ::-1] if views.flip[number] else image
 
 
 def _cut(image: NDArray[np.uint8], top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:

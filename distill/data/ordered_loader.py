@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from distill.data.augment import Augment
 from distill.data.batch import Batch
+from distill.data.crops import UNIFORMS, flips
+from distill.data.geometry import Views, view_steps
 from distill.data.order import Order, Permute
 from distill.data.resolution import Resolution
 from distill.data.samples import Samples
+from distill.randomness import uniforms
 
 Shares = Sequence[NDArray[np.int64]]
 """This rank's positions in the batches to come."""
@@ -72,8 +75,16 @@ class OrderedLoader(ABC):
         self._labels = torch.from_numpy(samples.labels)
 
     @abstractmethod
-    def _images(self, epoch: int, size: int, shares: Shares) -> Iterator[Tensor]:
+    def _images(self, epoch: int, size: int, shares: Shares) -> Generator[Tensor, None, None]:
         """The images of each share: uint8 (N, 3, size, size) on the device, a tensor of its own each time."""
+
+    def _views(self, epoch: int, size: int, share: NDArray[np.int64], shapes: NDArray[np.int64]) -> Views:
+        """The views of a share, whose images have these heights and widths: int64 (N, 2)."""
+        r, numbers, flip = self.reading, None, np.zeros(len(share), dtype=bool)
+        if r.augment is not None:
+            numbers = uniforms(r.seed, "augment", epoch, share.tolist(), UNIFORMS)
+            flip = flips(numbers) if r.augment.flip else flip
+        return Views(share, view_steps(shapes, size, r.augment, numbers, r.stored_size), flip)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -84,7 +95,7 @@ class OrderedLoader(ABC):
             self.position = 0
         self._restored = False
         epoch, shares = self.epoch, list(self.order.batches(self.epoch, self.position))
-        with contextlib.closing(self._images(epoch, self.reading.resolution.at(epoch), shares)) as read:  # type: ignore[type-var]
+        with contextlib.closing(self._images(epoch, self.reading.resolution.at(epoch), shares)) as read:
             for share, images in zip(shares, read, strict=True):
                 indices = torch.from_numpy(share)
                 weight = self.order.weight(share, self.position) if training else 1.0
