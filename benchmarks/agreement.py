@@ -1,15 +1,17 @@
 """How far the loaders agree: accuracy of one teacher on the same test images, and the pixels that it sees.
 
-    python -m benchmarks.agreement --run runs/imagenette_smoke [key=value …]
+    python -m benchmarks.agreement [--run runs/imagenette_smoke] [key=value …]
 
-The options of the run are those of its ``config.yaml``; further ``key=value`` change them, such as
-``dataset.stored_size=0``, with which the loaders resize the images themselves.
+Without a run a small teacher of scikit-learn's digits is trained. The options of the run are those of its
+``config.yaml``; further ``key=value`` change them, such as ``dataset.stored_size=0``, with which the loaders resize the
+images themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from tabulate import tabulate
 from torch import nn
 
 from data_prep import prepare
+from distill import pipeline
 from distill.compose import compose
 from distill.config import Config
 from distill.data.batch import Batch, Loader
@@ -38,8 +41,8 @@ LOADERS = {
 def options_of(run: Path) -> list[str]:
     """What makes the data of a run, as overrides."""
     node = OmegaConf.load(run / "config.yaml")
-    keys = ("name", "num_classes", "image_size", "stored_size", "max_per_class", "validation_per_class")
-    return [f"data_root={node.data_root}", *(f"dataset.{key}={node.dataset[key]}" for key in keys)]
+    keys = ("name", "num_classes", "image_size", "stored_size", "max_per_class", "validation_per_class", "mean", "std")
+    return [f"data_root={node.data_root}", *(f"dataset.{key}={node.dataset[key]}".replace(" ", "") for key in keys)]
 
 
 def loader_of(config: Config) -> Loader[Batch]:
@@ -57,21 +60,39 @@ def difference(mine: Loader[Batch], theirs: Loader[Batch]) -> float:
     return total / count
 
 
+def small_run(folder: Path) -> Path:
+    """A run with a teacher of scikit-learn's digits, trained in seconds."""
+    network = ["teacher.network=resnet10", "teacher.stem=stride2", "teacher.width=8"]
+    training = ["squeeze.epochs=4", "squeeze.batch_size=64", "squeeze.lr=0.05", "squeeze.crop=padded"]
+    places = [f"run_root={folder}", f"data_root={folder / 'data'}", "name=digits"]
+    config = compose(["dataset=digits", *network, *training, *places])
+    pipeline.run([config], "squeeze", prepare)
+    return folder / "digits"
+
+
+def measure(run: Path, options: list[str]) -> dict[str, dict[str, float]]:
+    """Accuracy in per cent and mean pixel difference from the folder loader, of 255, with every loader."""
+    common = ["dataset=imagenette", "dataset.provider=folder", *options]
+    config = compose([*common, *LOADERS["folder"]])
+    reference = loader_of(config)
+    model = nn.Sequential(Normalize(config.dataset.mean, config.dataset.std), load_teacher(run / "teacher"))
+    figures = {}
+    for name, choice in LOADERS.items():
+        loader = loader_of(compose([*common, *choice]))
+        accuracy = top_accuracy(model, loader)
+        figures[name] = {**accuracy.as_json(), "pixel_difference": difference(loader, reference)}
+    return figures
+
+
 def main() -> None:
     """Measure, print a table, then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="run folder with a teacher")
+    parser.add_argument("--run", type=Path, help="run folder with a teacher")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_args()
-    common = ["dataset=imagenette", "dataset.provider=folder", *options_of(given.run), *given.overrides]
-    config = compose([*common, *LOADERS["folder"]])
-    reference = loader_of(config)
-    model = nn.Sequential(Normalize(config.dataset.mean, config.dataset.std), load_teacher(given.run / "teacher"))
-    figures = {}
-    for name, options in LOADERS.items():
-        loader = loader_of(compose([*common, *options]))
-        accuracy = top_accuracy(model, loader)
-        figures[name] = {**accuracy.as_json(), "pixel_difference": difference(loader, reference)}
+    with tempfile.TemporaryDirectory() as folder:
+        run = given.run or small_run(Path(folder))
+        figures = measure(run, [*options_of(run), *given.overrides])
     rows = [(name, *figures[name].values()) for name in figures]
     print(tabulate(rows, headers=["loader", *figures["folder"]], tablefmt="github", floatfmt=".3f"))
     print(json.dumps({"figures": figures, "settings": vars(given), "environment": environment()}, default=str))

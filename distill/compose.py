@@ -130,8 +130,8 @@ def _one_sentence(error: Exception) -> str:
     return f"{place}{named}{cause}."
 
 
-ALWAYS_TAKEN = {"options", "sizes", "ramp", "size_step"}
-"""Options without a value that every choice of their group takes."""
+CHECKED_TOGETHER = {"options", "sizes", "ramp", "size_step", "jpeg_share", "quality", "side", "resolution"}
+"""Options without a value that are not bound to a YAML file: whether they fit is checked with other options."""
 
 
 def _check_taken(config: Config, group: str, file: Path) -> None:
@@ -139,7 +139,7 @@ def _check_taken(config: Config, group: str, file: Path) -> None:
     section, taken = getattr(config, group), set(OmegaConf.load(file)) - {"name", "defaults"}
     for f in fields(section):
         value = getattr(section, f.name)
-        if f.default is not None or f.name in ALWAYS_TAKEN:
+        if f.default is not None or f.name in CHECKED_TOGETHER:
             continue
         if value is not None and f.name not in taken:
             raise ConfigError(

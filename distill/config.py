@@ -252,11 +252,16 @@ class FormatConfig:
         "records are pixels, JPEG, or JPEG for a share of them; auto: raw up to 256 pixels, above that proportion",
         choices=("auto", "raw", "jpg", "proportion"),
     )
-    jpeg_share: float | None = option(None, "share of JPEG records of mode=proportion", low=0, high=1)
-    quality: int | None = option(None, "quality of JPEG records", low=1, high=100)
-    side: str | None = option(None, "side of an image that resolution limits", choices=("longest", "shortest"))
+    jpeg_share: float | None = option(None, "share of JPEG records of mode=proportion; 0.1 when unset", low=0, high=1)
+    quality: int | None = option(None, "quality of JPEG records; 90 when unset", low=1, high=100)
+    side: str | None = option(
+        None, "side of an image that resolution limits; longest when unset", choices=("longest", "shortest")
+    )
     resolution: int | None = option(
-        None, "larger images are made smaller; 0: image_size · 400/224 (400 at 224, as in ffcv-imagenet)", unit="pixels"
+        None,
+        "larger images are made smaller; image_size · 400/224 when unset (400 at 224, as in ffcv-imagenet)",
+        unit="pixels",
+        low=8,
     )
 
 
@@ -427,6 +432,17 @@ def _check_together(config: Config) -> None:
 def _check_loader(c: Config) -> None:
     if c.loader.name == "ffcv" and c.format.name != "ffcv":
         raise ConfigError(f"loader=ffcv reads .beton files and needs format=ffcv, not format={c.format.name}.")
+    given = [name for name in ("jpeg_share", "quality", "side", "resolution") if getattr(c.format, name) is not None]
+    if given and c.format.name == "folder":
+        raise ConfigError(f"format.{given[0]} belongs to format=ffcv.")
+    if c.format.resolution and c.format.resolution < c.dataset.image_size:
+        raise ConfigError(
+            f"format.resolution={c.format.resolution} must be at least dataset.image_size={c.dataset.image_size}."
+        )
+    if not c.loader.drop_last and c.squeeze.batchnorm == "sync" and c.squeeze.accumulation > 1:
+        raise ConfigError(
+            "squeeze.batchnorm=sync with squeeze.accumulation needs equal micro-batches: leave loader.drop_last=true."
+        )
     if not c.loader.drop_last and c.regularizer.name in ("loss_difference", "curvature_norm"):
         raise ConfigError(f"regularizer={c.regularizer.name} needs whole batches: leave loader.drop_last=true.")
     given = [name for name in ("sizes", "ramp", "size_step") if getattr(c.loader, name) is not None]
@@ -440,6 +456,9 @@ def _check_loader(c: Config) -> None:
     for name, pair in (("sizes", sizes), ("ramp", ramp)):
         if pair is not None and pair[0] > pair[1]:
             raise ConfigError(f"loader.{name}={pair} must rise.")
+    step = c.loader.size_step or 32
+    if any(size % step for size in sizes):
+        raise ConfigError(f"loader.sizes={sizes} must be multiples of loader.size_step={step}.")
     if c.squeeze.crop != "resized":
         raise ConfigError(f"loader.resolution=rising needs squeeze.crop=resized, not {c.squeeze.crop}.")
     if c.dataset.stored_size and sizes[1] > c.dataset.stored_size:

@@ -45,9 +45,13 @@ class Stage:
     inputs: Callable[[Config], tuple[str, ...]]
 
 
-def _format_options(config: Config) -> tuple[str, ...]:
-    """How the images were stored changes what a loader reads only where it reads that format."""
-    return ("format",) if config.loader.name == config.format.name != "folder" else ()
+def _layout(config: Config) -> dict[str, str]:
+    """How the images are stored that the loader reads, as far as it changes them."""
+    if config.loader.name != "ffcv":
+        return {}
+    from distill.data.beton import BetonLayout
+
+    return {"format": BetonLayout.of(config.format, config.dataset).name}
 
 
 def _student_options(config: Config) -> tuple[str, ...]:
@@ -69,7 +73,7 @@ STAGES = (
         "squeeze",
         "teacher",
         "squeeze",
-        lambda config: ("seed", "dataset", "teacher", "squeeze", "regularizer", "loader", *_format_options(config)),
+        lambda config: ("seed", "dataset", "teacher", "squeeze", "regularizer", "loader"),
         lambda config: (DATASET,),
     ),
     Stage("recover", "distilled", "recover", lambda config: ("seed", "recover"), lambda config: ("teacher",)),
@@ -157,7 +161,10 @@ def _artifact(stage: Stage, config: Config, folder: Path, prepared: PreparedSet)
         fingerprints[name] = artifact.fingerprint
     if stage.makes == "teacher" and config.squeeze.weights:
         fingerprints["weights"] = weights_fingerprint(config.squeeze.weights)
-    recipe = Recipe(result_options(config, *stage.options(config)), fingerprints)
+    options = result_options(config, *stage.options(config))
+    if stage.makes == "teacher":
+        options |= _layout(config)
+    recipe = Recipe(options, fingerprints)
     return Artifact(folder / stage.makes, stage.makes, recipe)
 
 
@@ -199,6 +206,7 @@ def _preflight(config: Config, command: str) -> None:
     build_regularizer(config.regularizer, surroundings)
     if command in ("run", "squeeze", "evaluate"):
         check_installed(config)
+        _layout(config)
     if command in ("run", "evaluate"):
         planned_outcomes(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -18,8 +18,6 @@ from distill.data.index import Index
 from distill.data.workers import processors, spread
 
 FILES = {"train": "train.beton", "test": "val.beton"}
-WINDOW = 1 << 30
-"""Bytes of pixels that workers may be ahead of the disk: what they have made and is not written stays in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +57,8 @@ class Plan:
 
     def records(self) -> Generator[Record, None, None]:
         """Every record in its order, made by worker processes."""
-        work = functools.partial(encode, layout=self.layout)
-        ahead = np.cumsum(self.shapes.prod(axis=1) * 3) // WINDOW
-        for window in np.split(np.arange(len(ahead)), np.flatnonzero(np.diff(ahead)) + 1):
-            sources = [
-                Source(str(self.index.path(self.root, i)), self.index.checksums[i].tobytes(), bool(self.jpeg[i]))
-                for i in window.tolist()
-            ]
-            yield from spread(work, sources, processors())
+        sources = (
+            Source(str(self.index.path(self.root, i)), self.index.checksums[i].tobytes(), bool(self.jpeg[i]))
+            for i in range(len(self.index))
+        )
+        return spread(functools.partial(encode, layout=self.layout), sources, processors())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_prep.checks import hash_file
 from distill.data.beton import BetonLayout
-from distill.data.decode import decode_square, read_image, resized_shape
+from distill.data.decode import central_square, read_image, resized_shape
 from distill.errors import DataError
-from distill.randomness import uniforms
+from distill.randomness import generator
 
 FILTERS = {"longest": Image.Resampling.BICUBIC, "shortest": Image.Resampling.BILINEAR}
 """Nearest to the folder loader when records are tested at 224 pixels. 113 images of ImageNet with longest=400 differ by
@@ -53,7 +54,7 @@ def jpeg_records(count: int, layout: BetonLayout) -> NDArray[np.bool_]:
     """Which of the first ``count`` records are JPEG: bool (N,), the same whatever the data set is."""
     if layout.jpeg_share in (0, 1):
         return np.full(count, layout.jpeg_share == 1)
-    return uniforms(0, "jpeg", 0, range(count), 1)[:, 0] < layout.jpeg_share
+    return generator(0, "jpeg").random(count) < layout.jpeg_share
 
 
 def encode(source: Source, layout: BetonLayout) -> Record:
@@ -62,15 +63,17 @@ def encode(source: Source, layout: BetonLayout) -> Record:
     Raises:
         DataError: naming the file, when it cannot be read or is not the one that was prepared.
     """
+    content = Path(source.path).read_bytes() if Path(source.path).is_file() else None
+    image = read_image(source.path, content)
+    if content is None or hashlib.sha256(content).digest() != source.checksum:
+        raise DataError(f"The image {source.path} has changed since it was prepared; restore it.")
     if layout.side == "square":
-        image = Image.fromarray(np.ascontiguousarray(decode_square(source.path, layout.resolution).transpose(1, 2, 0)))
+        square = central_square(image, layout.resolution, layout.resolution)
+        image = Image.fromarray(np.ascontiguousarray(square.transpose(1, 2, 0)))
     else:
-        image = read_image(source.path)
         height, width = stored_shape(image.height, image.width, layout)
         if (width, height) != image.size:
             image = image.resize((width, height), FILTERS[layout.side])
-    if hash_file(source.path).checksum != source.checksum:
-        raise DataError(f"The image {source.path} has changed since it was prepared; restore it.")
     pixels = image.tobytes()
     if source.jpeg:
         file = io.BytesIO()

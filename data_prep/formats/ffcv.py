@@ -8,6 +8,7 @@ index, so that the bytes depend on nothing but images, options and the versions 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -85,6 +86,8 @@ def _telling(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.EAGAIN):  # No process or memory could be had: nothing of the disk.
+            raise
         raise DataError(
             f"{error.filename or folder} could not be written ({error.strerror or error}); make room there, or choose "
             f"a data_root that can be written, and run the same command again."

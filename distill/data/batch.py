@@ -39,8 +39,10 @@ class Batch:
         return Batch(images, labels, indices, self.epoch, self.weight)
 
     def split(self, parts: int) -> list[Batch]:
-        """Consecutive parts, equal where the number of images allows it, for gradient accumulation."""
-        columns = zip(*(t.chunk(parts) for t in (self.images, self.labels, self.indices)), strict=True)
+        """Consecutive parts for gradient accumulation. They differ by at most one image; none has a single one, which
+        batch norm could not take, unless the batch has."""
+        parts = max(1, min(parts, len(self) // 2))
+        columns = zip(*(t.tensor_split(parts) for t in (self.images, self.labels, self.indices)), strict=True)
         return [Batch(images, labels, indices, self.epoch, self.weight) for images, labels, indices in columns]
 
 

@@ -41,18 +41,28 @@ class BetonLayout:
 
     @classmethod
     def of(cls, form: FormatConfig, dataset: DatasetConfig) -> BetonLayout:
-        """The layout that options ask for. Raises ConfigError when they are not those of format=ffcv."""
-        options = (form.mode, form.jpeg_share, form.quality, form.side, form.resolution)
-        mode, share, quality, side, resolution = options
-        if mode is None or share is None or quality is None or side is None or resolution is None:
+        """The layout that options ask for.
+
+        Raises:
+            ConfigError: when they are not those of format=ffcv, or one of them would do nothing.
+        """
+        if form.name != "ffcv" or form.mode is None:
             raise ConfigError(f"format={form.name} has no .beton files; choose format=ffcv.")
-        resolution = resolution or round(dataset.image_size * STORED_PER_SEEN)
         if dataset.stored_size:
+            _refuse(form, ("side", "resolution"), f"with dataset.stored_size={dataset.stored_size}")
             side, resolution = "square", dataset.stored_size
+        else:
+            side = form.side or "longest"
+            resolution = form.resolution or round(dataset.image_size * STORED_PER_SEEN)
+        mode = form.mode
         if mode == "auto":
             mode = "raw" if resolution <= RAW_UP_TO else "proportion"
-        share = {"raw": 0.0, "jpg": 1.0}.get(mode, share)
-        return cls(mode, share, quality if share else 0, side, resolution)
+        if mode != "proportion":
+            _refuse(form, ("jpeg_share",), f"with format.mode={mode}")
+        if mode == "raw":
+            _refuse(form, ("quality",), "with format.mode=raw")
+        share = {"raw": 0.0, "jpg": 1.0}.get(mode, 0.1 if form.jpeg_share is None else form.jpeg_share)
+        return cls(mode, share, (form.quality or 90) if share else 0, side, resolution)
 
     @property
     def name(self) -> str:
@@ -64,6 +74,12 @@ class BetonLayout:
     def folder(self, prepared: PreparedSet) -> Path:
         """Where the files lie, inside the folder of the prepared data set."""
         return prepared.folder / self.name
+
+
+def _refuse(form: FormatConfig, names: tuple[str, ...], circumstance: str) -> None:
+    for name in names:
+        if getattr(form, name) is not None:
+            raise ConfigError(f"format.{name}={getattr(form, name)} does nothing {circumstance}; leave it out.")
 
 
 def beton_file(prepared: PreparedSet, layout: BetonLayout, split: str) -> tuple[Path, dict[str, Any]]:

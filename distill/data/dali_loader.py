@@ -122,7 +122,7 @@ class DaliLoader(OrderedLoader):
 
     def _fault(self, error: RuntimeError, source: Source) -> Exception:
         """What to raise for an error of DALI: it names no file."""
-        for position in np.concatenate([views.share for views in source.under_way]):
+        for position in [position for views in source.under_way for position in views.share.tolist()]:
             try:
                 read_image(self.samples.path(position))
             except DataError as found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -15,14 +16,17 @@ EVALUATION_MARGIN = 256 / 224
 """The shorter side before the central crop of evaluation, relative to the crop."""
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Decode a whole file to RGB: grey and palette are expanded, CMYK converted, 16-bit grey scaled, alpha dropped.
+
+    Args:
+        content: the bytes of the file, if they have been read.
 
     Raises:
         DataError: naming the file, when it is missing or not fully decodable.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             return to_rgb(image)
     except MemoryError:
         raise

@@ -116,7 +116,8 @@ class FfcvLoader(OrderedLoader):
     ) -> contextlib.AbstractContextManager[MappedFile | PageCache]:
         if self.cache == "page":
             return MappedFile(self.path)
-        return PageCache(self.path, self.page_size, [np.unique(self.starts[s] // self.page_size) for s in shares], pool)
+        pages = [np.unique(self.starts[share] // self.page_size) for share in shares]
+        return PageCache(self.path, self.page_size, pages, pool, AHEAD)
 
     def _begin(
         self, pool: ThreadPoolExecutor, file: MappedFile | PageCache, epoch: int, size: int, share: NDArray[np.int64]

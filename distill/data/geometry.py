@@ -87,7 +87,7 @@ def take_view(image: NDArray[np.uint8], views: Views, number: int) -> NDArray[np
             image = _cut(image, *step.boxes[number].tolist())
         elif image.shape[:2] != (size := tuple(step.sizes[number].tolist())):
             # Torch's kernel for bytes rounds like Pillow and is as fast as OpenCV's.
-            whole = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+            whole = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
             resized = F.interpolate(whole, size, mode="bilinear", antialias=step.antialias)
             image = resized[0].permute(1, 2, 0).numpy()
     return image[:, ::-1] if views.flip[number] else image

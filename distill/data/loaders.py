@@ -106,4 +106,12 @@ def check_installed(config: Config) -> None:
 
 
 def _module(config: Config) -> Any:
-    return importlib.import_module(f"distill.data.{config.loader.name}_loader")
+    name = f"distill.data.{config.loader.name}_loader"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ConfigError(
+            f"loader.name={config.loader.name}: there is no distill/data/{config.loader.name}_loader.py."
+        ) from error

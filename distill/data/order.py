@@ -22,7 +22,7 @@ class Order:
 
     In training the order is a new permutation each epoch, and each rank takes its contiguous, equal share of every
     global batch. What is left after the last whole batch is left out, or becomes a smaller batch whose shares differ
-    by at most one image; where there would be fewer images than ranks, they join the batch before. In evaluation the
+    by at most one image; where some rank would get fewer than two images, they join the batch before. In evaluation the
     order is that of the samples and nothing is left out: an empty share is no batch.
 
     Attributes:
@@ -55,8 +55,8 @@ class Order:
                 f"The batch size {self.batch_size} cannot be shared equally by {self.world_size} ranks; "
                 f"nearby sizes that can: {', '.join(sizes)}."
             )
-        if self.size < (self.batch_size if self.drop_last else self.world_size):
-            needed = f"one batch of {self.batch_size}" if self.drop_last else f"the {self.world_size} ranks"
+        if self.size < (self.batch_size if self.drop_last else min(self.batch_size, 2 * self.world_size)):
+            needed = f"one batch of {self.batch_size}" if self.drop_last else f"two for each of {self.world_size} ranks"
             raise ConfigError(
                 f"The training set has {self.size} images, fewer than {needed}; "
                 f"choose a batch size of at most {self.size} or more images per class."
@@ -96,6 +96,6 @@ class Order:
         cuts = [(number * self.batch_size, (number + 1) * self.batch_size) for number in range(whole)]
         if not rest or (self.shuffle and self.drop_last):
             return cuts
-        if self.shuffle and rest < self.world_size:
+        if self.shuffle and cuts and rest < 2 * self.world_size:
             return [*cuts[:-1], (cuts[-1][0], self.size)]
         return [*cuts, (whole * self.batch_size, self.size)]

@@ -33,8 +33,7 @@ class MappedFile:
         self.path = path
 
     def __enter__(self) -> Self:
-        # Copy on write: torch warns of arrays that cannot be written. Nothing is written.
-        self.memory = np.memmap(self.path, dtype=np.uint8, mode="c")
+        self.memory = np.memmap(self.path, dtype=np.uint8, mode="r")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,21 +56,24 @@ class PageCache:
     Args:
         page_size: in bytes; nothing that is read crosses a page.
         pages: the numbers of the pages that each batch needs.
-        pool: reads ahead.
+        pool: reads.
+        ahead: batches that have begun when one ends.
 
     Raises:
         ConfigError: when this machine has too little memory for all pages that are needed at once.
     """
 
-    def __init__(self, path: Path, page_size: int, pages: Sequence[NDArray[np.int64]], pool: ThreadPoolExecutor):
+    def __init__(
+        self, path: Path, page_size: int, pages: Sequence[NDArray[np.int64]], pool: ThreadPoolExecutor, ahead: int = 0
+    ):
         self.path, self.page_size, self.pages, self.pool = path, page_size, pages, pool
-        self.first_use: dict[int, int] = {}
-        self.last_use: dict[int, int] = {}
+        self.first_need: dict[int, int] = {}
+        self.last_need: dict[int, int] = {}
         for batch, numbers in enumerate(pages):
             for page in numbers.tolist():
-                self.first_use.setdefault(page, batch)
-                self.last_use[page] = batch
-        self._check_memory()
+                self.first_need.setdefault(page, batch)
+                self.last_need[page] = batch
+        self._check_memory(ahead)
         self.kept: dict[int, Future[NDArray[np.uint8]]] = {}
 
     def __enter__(self) -> Self:
@@ -93,7 +95,7 @@ class PageCache:
     def end(self, batch: int) -> None:
         """Forget the pages that no later batch needs."""
         for page in self.pages[batch].tolist():
-            if self.last_use[page] == batch:
+            if self.last_need[page] == batch:
                 del self.kept[page]
 
     def read(self, start: int, size: int) -> NDArray[np.uint8]:
@@ -103,19 +105,24 @@ class PageCache:
         return self.kept[page].result()[offset : offset + size]
 
     def _read_page(self, page: int) -> NDArray[np.uint8]:
-        content = np.empty(self.page_size, dtype=np.uint8)
-        if not os.preadv(self.file, [content.data], page * self.page_size):
-            raise DataError(f"{self.path} ends before its page {page}; remove it and prepare it again.")
+        content, done = np.empty(self.page_size, dtype=np.uint8), 0
+        while done < self.page_size:  # A network file system may give less than it is asked for.
+            got = os.preadv(self.file, [content[done:].data], page * self.page_size + done)
+            if not got:
+                raise DataError(f"{self.path} ends within its page {page}; remove it and prepare it again.")
+            done += got
         return content
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, ahead: int) -> None:
         change = np.zeros(len(self.pages) + 1, dtype=np.int64)
-        np.add.at(change, list(self.first_use.values()), 1)
-        np.add.at(change, [last + 1 for last in self.last_use.values()], -1)
-        needed = int(np.cumsum(change).max()) * self.page_size
+        np.add.at(change, list(self.first_need.values()), 1)
+        np.add.at(change, [min(last + 1 + ahead, len(self.pages)) for last in self.last_need.values()], -1)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed = int(np.cumsum(change).max()) * self.page_size * processes
         present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > 0.8 * present:
             raise ConfigError(
-                f"loader.cache=process would keep {needed / 2**30:.0f} GiB of {self.path} in memory, and this machine "
-                f"has {present / 2**30:.0f} GiB; use loader.order=quasi_random, or loader.cache=page."
+                f"loader.cache=process would keep {needed / 2**30:.0f} GiB of {self.path} in the memory of {processes} "
+                f"processes, and this machine has {present / 2**30:.0f} GiB; use loader.order=quasi_random, or "
+                f"loader.cache=page."
             )

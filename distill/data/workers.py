@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
@@ -22,11 +24,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def spread(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: int = 16) -> Iterator[R]:
+def spread(function: Callable[[T], R], items: Iterable[T], workers: int, chunk: int = 16) -> Generator[R, None, None]:
     """``function(item)`` for every item, in order, computed by forked worker processes.
 
     The function must be importable and must not use torch: the threads of the parent's torch do not exist in a fork.
-    Workers end with the iteration, also when it is left early, and when the parent is killed.
+    Workers are a few chunks ahead of what is taken, end with the iteration, also when it is left early, and when the
+    parent is killed.
 
     Args:
         workers: processes; 0 computes in this one.
@@ -35,21 +38,41 @@ def spread(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: 
     Raises:
         DataError: when a worker dies. What the function raises is raised here.
     """
-    if workers < 1 or len(items) <= chunk:
-        yield from map(function, items)
+    rest = iter(items)
+    first = list(itertools.islice(rest, chunk + 1))
+    if workers < 1 or len(first) <= chunk:
+        yield from map(function, itertools.chain(first, rest))
         return
+    if isinstance(items, Sized):
+        workers = min(workers, -(-len(items) // chunk))
+    source = itertools.chain(first, rest)
+    chunks = iter(lambda: list(itertools.islice(source, chunk)), [])
     with ProcessPoolExecutor(
-        min(workers, -(-len(items) // chunk)),
+        workers,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_begin_worker,
         initargs=(os.getpid(),),
     ) as pool:
+        under_way: deque[Future[list[R]]] = deque()
         try:
-            yield from pool.map(function, items, chunksize=chunk)
+            for part in chunks:
+                under_way.append(pool.submit(_all_of, function, part))
+                if len(under_way) > CHUNKS_AHEAD * workers:
+                    yield from under_way.popleft().result()
+            while under_way:
+                yield from under_way.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(WORKER_DIED) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+CHUNKS_AHEAD = 2
+"""Chunks for each worker that may be under way or done and not yet taken."""
+
+
+def _all_of(function: Callable[[T], R], items: list[T]) -> list[R]:
+    return [function(item) for item in items]
 
 
 WORKER_DIED = (
@@ -86,7 +109,8 @@ def processors() -> int:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file between the processes of one machine; the kernel frees it when its holder dies.
 
-    File systems without locks are used without: everything that is written under a lock is also renamed into place.
+    File systems without locks are used without: everything that is written under a lock is also renamed into place, so
+    that two writers do the work twice, and may have to be started again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:

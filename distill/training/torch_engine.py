@@ -64,7 +64,7 @@ class TorchEngine:
         check_finite(sums, self.step_count)
         self.optimizer.step()
         self.schedule.step()
-        self._average_statistics()
+        self._average_statistics(batch.weight)
         if self.average is not None:
             self.average.update_parameters(self.task.network)
         self.step_count += 1
@@ -80,9 +80,9 @@ class TorchEngine:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
-    def _average_statistics(self) -> None:
+    def _average_statistics(self, weight: float) -> None:
         if self.processes.world_size > 1 and self.statistics:
-            flat = self.processes.sum(torch.cat(self.statistics)) / self.processes.world_size
+            flat = self.processes.sum(torch.cat(self.statistics) * weight) / self.processes.world_size
             for buffer, mean in zip(self.statistics, flat.split([len(b) for b in self.statistics]), strict=True):
                 buffer.copy_(mean)
 

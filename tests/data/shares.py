@@ -34,7 +34,9 @@ def main(folder: str, out: str, kinds: str) -> None:
                     options = {"samples": samples, "batch_size": batch_size, "drop_last": drop_last, **ranks}
                     try:
                         loader = make_loader(config, prepared, size=16, **options)
-                    except ConfigError:
+                    except ConfigError as error:
+                        if "fewer than" not in str(error):
+                            raise
                         continue
                     epochs = []
                     for epoch in (0, 1):

@@ -34,9 +34,8 @@ def main(kind: str, folder: str, seconds: str) -> None:
         for loader in loaders:
             loader.set_epoch(epochs)
             for number, batch in enumerate(loader):
-                if number == 1:
-                    children = [child.pid for child in multiprocessing.active_children() if child.pid]
-                    used.append([elapsed, resident() + sum(map(resident, children)), *tasks_and_files()])
+                children = [child.pid for child in multiprocessing.active_children() if child.pid]
+                used.append([elapsed, resident() + sum(map(resident, children)), *tasks_and_files()])
                 if epochs % 10 == 9 and number == 2:
                     break  # An epoch that is left early now and then.
                 del batch

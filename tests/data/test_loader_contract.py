@@ -1,5 +1,6 @@
 """What every loader must hold: bytes, order, sharding, resuming, and the same views whatever reads the images."""
 
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -67,10 +68,9 @@ def test_resuming_at_any_batch_gives_the_batches_that_were_left(make):
     for stop in range(len(expected) + 1):
         stopped = make()
         stopped.set_epoch(3)
-        seen = [batch for batch, _ in zip(stopped, range(stop), strict=False)]
-        state = {"epoch": 3, "position": stop}
-        if stop:
-            assert stopped.state_dict()["position"] in (stop, stop + 1)
+        seen = list(itertools.islice(stopped, stop))
+        state = stopped.state_dict()
+        assert state == {"epoch": 3, "position": stop}
         resumed = make()
         resumed.load_state_dict(state)
         rest = list(resumed)
@@ -129,7 +129,7 @@ def test_evaluation_starts_again_and_can_be_resumed(make):
 
 def test_the_last_batch_is_kept_if_asked_for(make, photographs):
     samples = photographs.samples("train").choose(20, seed=0)
-    for world_size, sizes in ((1, [6, 6, 6, 2]), (2, [6, 6, 6, 2]), (3, [6, 6, 8])):
+    for world_size, sizes in ((1, [6, 6, 6, 2]), (2, [6, 6, 8]), (3, [6, 6, 8])):
         ranks = [
             list(make(samples=samples, drop_last=False, rank=rank, world_size=world_size)) for rank in range(world_size)
         ]
