@@ -33,13 +33,18 @@ class Augment:
 
 
 def image_view(
-    image: Image.Image, size: int, augment: Augment | None, uniform: NDArray[np.float64] | None
+    image: Image.Image,
+    size: int,
+    augment: Augment | None,
+    uniform: NDArray[np.float64] | None,
+    box: NDArray[np.int64] | None = None,
 ) -> NDArray[np.uint8]:
     """The view of one decoded image; numpy and Pillow only, for worker processes.
 
     Args:
         augment: None gives the view of evaluation: the shorter side resized to size · 256/224, the central square.
         uniform: (1, UNIFORMS) numbers of this image, for training.
+        box: (4,) of ``resized_boxes`` from these numbers, where it was drawn for many images at once.
 
     Returns:
         uint8 (3, size, size).
@@ -47,7 +52,9 @@ def image_view(
     if augment is None or uniform is None:
         return central_square(image, round(size * EVALUATION_MARGIN), size)
     if augment.crop == "resized":
-        view = box_of(image, resized_boxes(uniform, image.height, image.width, augment.crop_scale)[0], size)
+        if box is None:
+            box = resized_boxes(uniform, image.height, image.width, augment.crop_scale)[0]
+        view = box_of(image, box, size)
     else:
         view = central_square(image, round(size * EVALUATION_MARGIN), size)
         if augment.crop == "padded":

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.data.augment import Augment, image_view
-from distill.data.crops import UNIFORMS
+from distill.data.crops import UNIFORMS, resized_boxes
 from distill.data.decode import read_image
 from distill.data.samples import Samples
 from distill.data.workers import WORKER_DIED, quiet_worker
@@ -84,16 +84,23 @@ class _Files(Dataset[Any]):
 
     def __getitem__(self, share: NDArray[np.int64]) -> Tensor | str:
         """Images of a batch; or the message of a DataError, which a worker could only raise with a traceback."""
-        # Channels last in memory, as Pillow has them: nothing is transposed.
-        images = np.empty((len(share), self.size, self.size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
-        for image, position in zip(images, share.tolist(), strict=True):
-            numbers = None
-            if self.augment is not None:
-                numbers = uniforms(self.seed, "augment", self.epoch, [position], UNIFORMS)
+        images = np.empty((len(share), 3, self.size, self.size), dtype=np.uint8)
+        numbers = boxes = None
+        if self.augment is not None:
+            shapes = self.samples.index.shapes[share]
+            numbers = uniforms(self.seed, "augment", self.epoch, share.tolist(), UNIFORMS)
+            boxes = resized_boxes(numbers, shapes[:, 0], shapes[:, 1], self.augment.crop_scale)
+        for row, position in enumerate(share.tolist()):
+            path = self.samples.path(position)
             try:
-                image[:] = image_view(read_image(self.samples.path(position)), self.size, self.augment, numbers)
+                image = read_image(path)
             except DataError as error:
                 return str(error)
+            if (image.height, image.width) != tuple(self.samples.index.shapes[position]):
+                return f"The image {path} is not the one that was prepared; prepare the data set again."
+            one = slice(row, row + 1)
+            drawn = (None, None) if numbers is None or boxes is None else (numbers[one], boxes[row])
+            images[row] = image_view(image, self.size, self.augment, *drawn)
         return torch.from_numpy(images)
 
 
