@@ -179,6 +179,7 @@ def peak_memory() -> Iterator[list[int]]:
 def measure_memory(name: str, folder: Path, given: argparse.Namespace, classes: int) -> int:
     """Peak memory of two epochs of one loader, in bytes; for a process of its own."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # A spawned process would spawn, which nobody else does.
     with peak_memory() as peak:
         epoch = make_epoch(name, folder, given, classes)
         epoch()
