@@ -40,7 +40,8 @@ class Provenance:
 def environment() -> dict[str, Any]:
     """Command, code, versions and hardware of this process."""
     versions = {}
-    for package in ("guard-distill", "torch", "torchvision", "torchattacks", "numpy"):
+    optional = ("torchattacks", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    for package in ("guard-distill", "torch", "torchvision", "numpy", "pillow", *optional):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     facts: dict[str, Any] = {

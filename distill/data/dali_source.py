@@ -22,7 +22,7 @@ AHEAD = 3
 
 
 class Source:
-    """A callable that gives the next batch: its files as uint8 arrays, then ``numbers``.
+    """A callable that gives the next batch: its files as uint8 arrays, then ``numbers_of`` its views.
 
     It ends at a file that cannot be read and keeps the error, so that the batches before it are handed out first.
 
@@ -58,17 +58,7 @@ class Source:
             self.error = error
             raise StopIteration from None
         self.under_way.append(views)
-        return [files, *self.numbers(views)]
-
-    def numbers(self, views: Views) -> list[NDArray[Any]]:
-        """Start and shape of each cut, sizes of each resize, and flips, in this order: an array (N, …) each."""
-        numbers: list[NDArray[Any]] = []
-        for step in views.steps if self.whole else views.steps[:1]:
-            if isinstance(step, Cut):
-                numbers += [step.boxes[:, :2].astype(np.int32), step.boxes[:, 2:].astype(np.int32)]
-            elif self.whole:
-                numbers.append(step.sizes.astype(np.float32))
-        return [*numbers, views.flip.astype(np.int32)] if self.whole else numbers
+        return [files, *numbers_of(views, self.whole)]
 
     def _read(self, part: NDArray[np.int64]) -> Callable[[], list[NDArray[np.uint8]]]:
         read = partial(_encoded_files, self.samples, part)
@@ -78,6 +68,21 @@ class Source:
         """End the threads."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+
+def numbers_of(views: Views, whole: bool) -> list[NDArray[Any]]:
+    """Start and shape of each cut, sizes of each resize, and flips, in this order: an array (N, …) each.
+
+    Args:
+        whole: of every step; otherwise of the first one, if that is a cut.
+    """
+    numbers: list[NDArray[Any]] = []
+    for step in views.steps if whole else views.steps[:1]:
+        if isinstance(step, Cut):
+            numbers += [step.boxes[:, :2].astype(np.int32), step.boxes[:, 2:].astype(np.int32)]
+        elif whole:
+            numbers.append(step.sizes.astype(np.float32))
+    return [*numbers, views.flip.astype(np.int32)] if whole else numbers
 
 
 def _encoded_files(samples: Samples, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:

@@ -81,6 +81,7 @@ class FfcvLoader(OrderedLoader):
 
     def __init__(self, samples: Samples, reading: Reading, path: Path, order: str = "random", cache: str = "page"):
         self.ffcv, self.path, self.cache = library(), path, cache
+        self._mapped: MappedFile | None = None
         reader = self.ffcv.Reader(str(path))
         images, labels = (reader.metadata[name][samples.rows] for name in reader.metadata.dtype.names)
         if not np.array_equal(labels, samples.labels):
@@ -115,7 +116,8 @@ class FfcvLoader(OrderedLoader):
         self, shares: Shares, pool: ThreadPoolExecutor
     ) -> contextlib.AbstractContextManager[MappedFile | PageCache]:
         if self.cache == "page":
-            return MappedFile(self.path)
+            self._mapped = self._mapped or MappedFile(self.path)
+            return self._mapped
         pages = [np.unique(self.starts[share] // self.page_size) for share in shares]
         return PageCache(self.path, self.page_size, pages, pool, AHEAD)
 
@@ -123,7 +125,7 @@ class FfcvLoader(OrderedLoader):
         self, pool: ThreadPoolExecutor, file: MappedFile | PageCache, epoch: int, size: int, share: NDArray[np.int64]
     ) -> tuple[Tensor, list[Future[None]]]:
         """Start to decode a batch, a part of it in each thread."""
-        images = torch.empty((len(share), size, size, 3), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        images = torch.empty((len(share), 3, size, size), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         count = max(1, self.reading.workers)
         parts = zip(np.array_split(share, count), np.array_split(images.numpy(), count), strict=True)
         return images, [pool.submit(self._fill, file, epoch, size, *part) for part in parts if len(part[0])]
@@ -132,12 +134,12 @@ class FfcvLoader(OrderedLoader):
         images, futures = begun
         for future in futures:
             future.result()
-        return images.permute(0, 3, 1, 2).to(self.device, non_blocking=self.device.type == "cuda")
+        return images.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _fill(
         self, file: MappedFile | PageCache, epoch: int, size: int, share: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> None:
-        """Decode records into ``out``, uint8 (N, size, size, 3)."""
+        """Decode records into ``out``, uint8 (N, 3, size, size)."""
         views = self._views(epoch, size, share, self.shapes[share])
         for row, position in enumerate(share.tolist()):
             out[row] = take_view(self._decode(file, position), views, row)

@@ -71,6 +71,11 @@ class Order:
         last = rest // self.world_size + (self.rank < rest % self.world_size)
         return whole * (share > 0) + (last > 0)
 
+    @property
+    def largest_share(self) -> int:
+        """Images of the largest share of any rank."""
+        return max((-(-(last - first) // self.world_size) for first, last in self._cuts), default=0)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[NDArray[np.int64]]:
         """This rank's positions in each batch of an epoch, from batch ``start`` on."""
         order = self._permutation(epoch) if self.shuffle else np.arange(self.size)

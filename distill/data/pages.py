@@ -27,17 +27,20 @@ def threads(count: int) -> ThreadPoolExecutor:
 
 
 class MappedFile:
-    """A file in memory through the page cache of the operating system, which all processes of a machine share."""
+    """A file in memory through the page cache of the operating system, which all processes of a machine share.
+
+    It may be entered any number of times: a new mapping would meet its pages one by one again.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        self.memory = np.memmap(path, dtype=np.uint8, mode="r")
 
     def __enter__(self) -> Self:
-        self.memory = np.memmap(self.path, dtype=np.uint8, mode="r")
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.memory
+        pass
 
     def begin(self, batch: int) -> None:
         """Nothing to do."""

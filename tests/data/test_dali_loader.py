@@ -82,6 +82,23 @@ def test_batches_are_bytes_of_their_own(make):
     assert len({batch.images.untyped_storage().data_ptr() for batch in batches}) == 4
 
 
+def test_one_pipeline_serves_epochs_and_abandoned_epochs(make, monkeypatch):
+    """Each pipeline that is built leaves some memory behind."""
+    built = []
+    build = DaliLoader._pipeline
+    monkeypatch.setattr(DaliLoader, "_pipeline", lambda self, *rest: built.append(1) or build(self, *rest))
+    loader, expected = make(), []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        next(iter(loader))
+        loader.set_epoch(epoch)
+        expected.append(list(loader))
+    assert len(built) == 1
+    fresh = make()
+    fresh.set_epoch(3)
+    assert same(fresh, expected[3])
+
+
 def test_the_order_and_the_crops_are_functions_of_seed_and_epoch(make):
     loader = make()
     first = list(loader)

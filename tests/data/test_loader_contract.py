@@ -1,5 +1,6 @@
 """What every loader must hold: bytes, order, sharding, resuming, and the same views whatever reads the images."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -203,7 +204,10 @@ def train_again(make):
 
 
 def resources():
-    tasks = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")}
+    tasks = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # It may end meanwhile.
+            tasks.add(Path(f"/proc/self/task/{task}/comm").read_text().strip())
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), tasks
 
 
