@@ -29,19 +29,20 @@ def main(kind: str, folder: str, seconds: str) -> None:
         make_loader(config, prepared, size=224, batch_size=16),
         make_loader(config, prepared, size=224, batch_size=16, augment=None),
     ]
-    began, epochs, used = time.monotonic(), 0, []
+    began, epochs, peaks = time.monotonic(), 0, [[0, 0, 0] for _ in range(4)]
     while (elapsed := time.monotonic() - began) < float(seconds):
+        peak = peaks[int(4 * elapsed / float(seconds))]
         for loader in loaders:
             loader.set_epoch(epochs)
             for number, batch in enumerate(loader):
                 children = [child.pid for child in multiprocessing.active_children() if child.pid]
-                used.append([elapsed, resident() + sum(map(resident, children)), *tasks_and_files()])
+                peak[0] = max(peak[0], resident() + sum(map(resident, children)))
                 if epochs % 10 == 9 and number == 2:
                     break  # An epoch that is left early now and then.
                 del batch
+            # At rest: while threads read, one or the other holds a file open.
+            peak[1:] = map(max, peak[1:], tasks_and_files())
         epochs += 1
-    quarters = [[row for row in used if int(4 * row[0] / float(seconds)) == quarter] for quarter in range(4)]
-    peaks = [[max(column) for column in zip(*quarter, strict=True)][1:] for quarter in quarters]
     print(json.dumps({"kind": kind, "epochs": epochs, "images": epochs * 2 * len(loaders[0].samples), "peaks": peaks}))
 
 
