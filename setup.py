@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["distill*", "data_prep*", "launchers*"]), "distill.configs"],
     package_dir={"distill.configs": "configs"},
-    package_data={"distill.configs": ["**/*.yaml"], "distill": ["py.typed", "data/*.txt"]},
+    package_data={"distill.configs": ["**/*.yaml"], "distill": ["py.typed", "data/*.txt", "report/page.*"]},
     install_requires=[
         # 2.13 exists here and there as a CPU-only build that does not fit PyPI's torchvision.
         "torch>=2.11,!=2.13.*",
@@ -32,6 +32,8 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "tabulate>=0.9",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
         "pyyaml>=6",
     ],
     extras_require={

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from distill import __version__
-from distill.compose import compose, group_choices, options
+from distill.compose import compose, group_choices, names_of, options
 from distill.config import Config
 from distill.errors import ConfigError, Preempted, exit_code, sentence
 from distill.training.preemption import preemptible
@@ -25,9 +25,10 @@ COMMANDS = {
     "recover": "optimise the distilled images",
     "relabel": "write the teacher's soft labels",
     "evaluate": "train students on the distilled set, test and attack them",
-    "report": "compare runs in one table",
+    "report": "compare runs in one table, and write report.html",
     "status": "how far runs are: units done, in progress and left, rate, time left, workers",
     "verify": "check every file of runs against its checksum, and what was made from what",
+    "spectrum": "measure the curvature of the loss of teachers and students, and the bound on the attacked loss",
     "export": "write the distilled images for other programs",
     "config": "print the resolved configuration",
 }
@@ -47,9 +48,23 @@ EXPORTS = {
 """Formats, how each can store images (the usual way first), and what it is. A test holds them to distill.exchange,
 which is too heavy to be loaded for the help."""
 EXPORT_QUALITY = 95
-PLAIN = ("report", "status", "verify", "export")
+MAIN_ARM = "main"
+"""What an experiment without arms becomes when it has controls."""
+PLAIN = ("report", "status", "verify", "spectrum", "export")
 """Commands that take no options of the configuration."""
-GENERAL = ("name", "run_root", "data_root", "seed", "device", "threads", "method", "arm", "arms", "published")
+GENERAL = (
+    "name",
+    "run_root",
+    "data_root",
+    "seed",
+    "device",
+    "threads",
+    "method",
+    "arm",
+    "arms",
+    "controls",
+    "published",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,12 +106,11 @@ def _heard_elsewhere(failure: threading.ExceptHookArgs) -> None:
 
 def _dispatch(parsed: argparse.Namespace) -> int:
     if parsed.command == "report":
-        from distill.report import compare
-
-        print(compare([Path(run) for run in parsed.runs], parsed.format))
-        return 0
+        return _compare(parsed.runs, parsed.format, parsed.html)
     if parsed.command in ("status", "verify"):
         return _inspect(parsed.command, parsed.runs)
+    if parsed.command == "spectrum":
+        return _spectrum(parsed)
     if parsed.command == "export":
         from data_prep.formats.beton_images import write_beton
         from distill.exchange import export
@@ -117,10 +131,35 @@ def _dispatch(parsed: argparse.Namespace) -> int:
     from data_prep import prepare
     from distill import pipeline
 
+    if configs[0].controls:
+        from distill.controls import check_place, share_teachers
+
+        check_place(configs[0])
+        for told in share_teachers(configs):
+            if parsed.command in ("run", "squeeze") and os.environ.get("RANK", "0") == "0":
+                print(f"guard: {told}", file=sys.stderr)
     pipeline.run(configs, parsed.command, prepare)
     if os.environ.get("RANK", "0") == "0" and parsed.command in ("run", "recover", "evaluate"):
         _report(configs, parsed.command)
     return 0
+
+
+def _compare(paths: Sequence[str], form: str, html: str | None) -> int:
+    """The table on stdout; where the page lies on stderr, so that a table can be piped."""
+    from distill.report import compare, write_page
+
+    print(compare(paths, form), flush=True)
+    page = Path(html) if html else _common_folder(paths) / "report.html"
+    if page.is_dir():
+        raise ConfigError(f"--html {page} is a folder; give the name of a file in it.")
+    if write_page(page, paths):
+        print(f"Page: {page}", file=sys.stderr)
+    return 0
+
+
+def _common_folder(paths: Sequence[str]) -> Path:
+    """The one folder that was given, or of several the first one's parent."""
+    return Path(paths[0]) if len(paths) == 1 else Path(paths[0]).absolute().parent
 
 
 def _inspect(command: str, paths: Sequence[str]) -> int:
@@ -141,20 +180,44 @@ def _inspect(command: str, paths: Sequence[str]) -> int:
     return int(damaged)
 
 
+def _spectrum(parsed: argparse.Namespace) -> int:
+    from distill.report.runs import run_folders
+    from distill.report.spectra import write_spectra
+    from distill.stages.spectrum import SpectrumOptions, measure, parse_radii
+
+    options = SpectrumOptions(parsed.images, parsed.top, parse_radii(parsed.radii), parsed.precision, parsed.split)
+    runs = run_folders(parsed.runs)
+    for run in runs:
+        measure(run, options, device=parsed.device, data_root=Path(parsed.data_root) if parsed.data_root else None)
+        print(f"{run}: spectrum complete", flush=True)
+    first = Path(parsed.runs[0])
+    print(write_spectra(runs, None if first in runs else first))
+    return 0
+
+
 def _configs(overrides: Sequence[str], folder: str | None) -> list[Config]:
     """The configurations that a command line asks for: one for each arm of an experiment, or just the one."""
     given = {text.split("=", 1)[0].lstrip("+~") for text in overrides}
     # Other options may fit one arm only, so that they wait until the arms are known.
-    config = compose([text for text in overrides if text.split("=", 1)[0] in ("experiment", "name", "arm")], folder)
+    first = {"experiment", "name", "arm", "controls", "teacher", "student"}
+    config = compose([text for text in overrides if names_of(text) & first], folder)
     if not config.arms:
         config = compose(overrides, folder)
-    if config.arm and config.arm not in config.arms:
-        raise ConfigError(f"arm={config.arm} is not one of: {', '.join(config.arms) or 'none, for there are no arms'}.")
+        if config.controls:
+            config.arms = {MAIN_ARM: []}
+    known = [*config.arms, *config.controls]
+    if config.arm and config.arm not in known:
+        raise ConfigError(f"arm={config.arm} is not one of: {', '.join(known) or 'none, for there are no arms'}.")
     if _departs(given):
         config.published = {}
     configs = []
-    for arm in [config.arm] if config.arm else config.arms:
-        own = [text for text in config.arms[arm] if not given & _names(text)]
+    for arm in [config.arm] if config.arm else known:
+        if arm in config.controls:
+            from distill.controls import control_config
+
+            configs.append(control_config(config, arm, overrides, folder))
+            continue
+        own = [text for text in config.arms[arm] if not given & names_of(text)]
         mine = compose([*own, *overrides], folder)
         mine.name = f"{config.name}/{arm}"
         mine.published = {arm: config.published[arm]} if arm in config.published else {}
@@ -170,21 +233,17 @@ def _departs(given: set[str]) -> bool:
     return bool(others_work or given - harmless - {"experiment", "engine", "loader", "seed", "evaluate.seeds"})
 
 
-def _names(override: str) -> set[str]:
-    """The key that an override sets and the groups above it: a group that is given replaces an arm's options."""
-    key = override.split("=", 1)[0]
-    return {key} | {key[:end] for end, character in enumerate(key) if character == "."}
-
-
 def _report(configs: Sequence[Config], command: str) -> None:
     """Pictures and tables beside the runs, where they are missing or old; after the last stage the table on stdout."""
     from distill import report
 
     runs = [Path(each.run_root) / each.name for each in configs]
-    folder = runs[0].parent if configs[0].arms else runs[0]
+    folder = runs[0].parent if configs[0].arms or configs[0].controls else runs[0]
     report.write(folder, runs)
     if command != "recover":
         print(report.compare(runs, "terminal"))
+        if (folder / "report.html").is_file():
+            print(f"Page: {folder / 'report.html'}")
         print(f"TensorBoard: tensorboard --logdir {folder}")
 
 
@@ -204,6 +263,11 @@ def _parser() -> argparse.ArgumentParser:
             if name != "report":
                 continue
             command.add_argument("--format", choices=("terminal", "markdown", "csv"), default="terminal")
+            page = "the page with everything (default: report.html in RUN; of several, in the first one's parent)"
+            command.add_argument("--html", metavar="PATH", help=page)
+            continue
+        if name == "spectrum":
+            _spectrum_options(command)
             continue
         if name == "export":
             command.add_argument("run", metavar="RUN", help="run folder with a complete distilled set")
@@ -220,6 +284,26 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="options, and config groups by name")
         command.add_argument("--config-dir", help="folder with config groups of your own")
     return parser
+
+
+def _spectrum_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold some")
+    command.add_argument("--images", type=int, default=100, metavar="N", help="real images, 0: all (default: 100)")
+    command.add_argument("--top", type=int, default=1, metavar="K", help="eigenvalues of each image (default: 1)")
+    command.add_argument(
+        "--radii",
+        default="0.05,0.1,0.2,0.5,1",
+        metavar="R,R,…",
+        help="radii at which the loss is attacked, L2 in normalised pixels (default: 0.05,0.1,0.2,0.5,1)",
+    )
+    command.add_argument(
+        "--precision", choices=("float32", "float64"), default="float32", help="of the networks (default: float32)"
+    )
+    command.add_argument(
+        "--split", choices=("test", "validation", "train"), default="test", help="source of the images (default: test)"
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    command.add_argument("--data-root", metavar="PATH", help="folder of the prepared data sets (default: the run's)")
 
 
 class _Command(argparse.ArgumentParser):

@@ -61,6 +61,9 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
         raise ConfigError(_one_sentence(error)) from error
     assert isinstance(config, Config)
     check(config)
+    if not config.recover.iterations and not config.recover.images:
+        # Nothing is optimised, so that no method has made these images.
+        config.method = "real images"
     for group in ("regularizer", "loader", "format"):
         name = getattr(config, group).name
         if name not in groups[group]:
@@ -89,6 +92,12 @@ def options(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, Any,
             yield prefix + f.name, hints[f.name], f
 
 
+def names_of(override: str) -> set[str]:
+    """The key that an override sets and the groups above it: a group that is given replaces an arm's options."""
+    key = override.split("=", 1)[0].lstrip("+~")
+    return {key} | {key[:end] for end, character in enumerate(key) if character == "."}
+
+
 def _check_overrides(overrides: Sequence[str], groups: dict[str, dict[str, Path]]) -> None:
     types = {key: hint for key, hint, _ in options()}
     for text in overrides:
@@ -99,7 +108,8 @@ def _check_overrides(overrides: Sequence[str], groups: dict[str, dict[str, Path]
         key = parsed.key_or_group
         if key in groups:
             choice = parsed.value()
-            if parsed.is_delete() or not isinstance(choice, str) or choice not in groups[key]:
+            chosen = choice if key == "controls" and isinstance(choice, list) else [choice]
+            if parsed.is_delete() or not all(isinstance(each, str) and each in groups[key] for each in chosen):
                 raise ConfigError(f"{text} is not one of: {', '.join(groups[key])}.")
         elif key not in types and not _inside_open_mapping(key, types):
             close = difflib.get_close_matches(key, [*types, *groups], n=1, cutoff=0.5)

@@ -198,7 +198,12 @@ class RecoverConfig:
     )
     images_per_class: int = option(1, "images of each class in one unit of work; divides ipc", low=1)
     classes_per_unit: int = option(100, "at most this many classes in one unit of work", low=1)
-    iterations: int = option(2000, "optimisation steps of a unit", low=1)
+    iterations: int = option(
+        2000,
+        "optimisation steps of a unit; 0 keeps real starting images as they are (what says how to optimise then has no "
+        "meaning)",
+        low=0,
+    )
     lr: float = option(0.25, "learning rate of Adam, cosine to 0", above=0)
     betas: list[float] = option([0.5, 0.9], "β of Adam", length=2, low=0, below=1)
     bn_weight: float = option(0.01, "r_bn, the weight of batch-norm matching", low=0)
@@ -347,11 +352,25 @@ class AttacksConfig:
     """The attacks on teacher and student; a suite is data (SPEC §3)."""
 
     name: str = option("quick", "name of the suite")
+    norm: str = option("Linf", "norm of the ball that epsilon is the radius of (threat model)", choices=("Linf", "L2"))
     epsilon: list[float] = option(
-        [1.0], "radii of the L∞ ball; attacks without a radius run once", unit="1/255", above=0
+        [1.0],
+        "radii of the ball, in 1/255 for Linf and as a length in [0, 1] pixels for L2; attacks without a radius run "
+        "once",
+        above=0,
     )
     max_images: int = option(0, "attack this many of the test images (seeded, per class); 0: all", low=0)
-    batch_size: int = option(100, "images attacked together", low=1)
+    batch_size: int = option(128, "images attacked together; outcomes do not depend on it", low=1, result=False)
+    forward_batch: int = option(
+        32,
+        "images in every forward pass of the attacked network; fewer are filled up, so that an outcome does not depend "
+        "on which images are attacked together",
+        low=1,
+    )
+    block: int = option(500, "images of one unit of work: a worker that is killed repeats at most so many", low=1)
+    sanity_images: int = option(
+        100, "images of the checks for gradient masking of every network; 0: no checks", unit="images", low=0
+    )
     suite: dict[str, Any] = option({}, "attack name → {attack: torchattacks class, its arguments}")
 
 
@@ -501,6 +520,12 @@ class Config:
     sharing: SharingConfig = field(default_factory=SharingConfig)
     arm: str = option("", "run only this arm of the experiment", result=False)
     arms: dict[str, Any] = option({}, "runs of one experiment: name → list of overrides", result=False)
+    controls: dict[str, Any] = option(
+        {},
+        "runs to compare an experiment with, beside its arms; controls=all or some of [random,full,adversarial] adds "
+        "them, and what they set wins over the command line",
+        result=False,
+    )
     published: dict[str, Any] = option({}, "accuracies that the paper states for this setting", result=False)
 
 

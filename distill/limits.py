@@ -82,6 +82,7 @@ def _check_together(config: Config) -> None:
     if c.recover.curriculum != "none" and not c.recover.crop:
         raise ConfigError(f"recover.curriculum={c.recover.curriculum} needs recover.crop=true.")
     _check_recover(c)
+    _check_controls(c)
     if c.squeeze.batch_size % c.squeeze.accumulation:
         raise ConfigError(
             f"squeeze.accumulation={c.squeeze.accumulation} must divide squeeze.batch_size={c.squeeze.batch_size}."
@@ -119,6 +120,16 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"evaluate.seeds={c.evaluate.seeds} must hold at least one seed, each once.")
 
 
+def _check_controls(c: Config) -> None:
+    for name, overrides in c.controls.items():
+        if not name.startswith("control_") or "/" in name:
+            raise ConfigError(f"controls.{name} must be called control_…, so that no arm or stage has its name.")
+        if name in c.arms:
+            raise ConfigError(f"controls.{name} has the name of an arm of the experiment; rename one of them.")
+        if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
+            raise ConfigError(f"controls.{name}={overrides} must be a list of key=value.")
+
+
 def _check_recover(c: Config) -> None:
     recover = c.recover
     for name, needed, fits in (
@@ -129,6 +140,21 @@ def _check_recover(c: Config) -> None:
     ):
         if getattr(recover, name) is not None and not fits:
             raise ConfigError(f"recover.{name} belongs to {needed}.")
+    if not recover.iterations:
+        if recover.start == "noise":
+            raise ConfigError(
+                "recover.iterations=0 keeps the starting images as they are and needs recover.start=random_patches or "
+                "best_patches; noise would stay noise."
+            )
+        for given, name in (
+            (recover.compile, "compile=true"),
+            (recover.teachers, "teachers"),
+            (recover.statistics == "class", "statistics=class"),
+        ):
+            if given:
+                raise ConfigError(
+                    f"recover.{name} is about optimising images; recover.iterations=0 keeps them as they are."
+                )
     if recover.start_scale is not None and recover.start_scale[0] > recover.start_scale[1]:
         raise ConfigError(f"recover.start_scale={recover.start_scale} must rise: the smallest area comes first.")
     if recover.crop_per_image and not (recover.crop or recover.flip):

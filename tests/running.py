@@ -57,14 +57,15 @@ def torchrun(count: int, arguments: list[str]) -> subprocess.CompletedProcess[st
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every byte of a run that must not depend on how it was interrupted: all but timings, provenance and logs."""
+    """Every byte of a run that must not depend on how it was interrupted: all but timings, provenance, logs and
+    the page that tells them."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if (
             not path.is_file()
             or name.startswith(("tensorboard", "workers"))
-            or name in ("metrics.jsonl", "provenance.json")
+            or name in ("metrics.jsonl", "provenance.json", "report.html")
         ):
             continue
         content = path.read_bytes()

@@ -155,16 +155,44 @@ def test_config_prints_what_is_resolved(capsys: pytest.CaptureFixture[str]) -> N
     assert "sre2l, guard" in capsys.readouterr().err
 
 
-def readme_commands() -> list[str]:
-    """What README's code blocks call with options, one line each."""
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", readme, re.M | re.S)).replace("\\\n", " ")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def documented_commands() -> list[str]:
+    """What code blocks of README and of the pages in docs call with options, one line each."""
+    pages = "\n".join(page.read_text() for page in PAGES)
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", pages, re.M | re.S)).replace("\\\n", " ")
     lines = [line.split(" #")[0].strip() for line in blocks.splitlines()]
     stages = "prepare|squeeze|recover|relabel|evaluate|run|config"
-    return [line for line in lines if re.match(rf"guard ({stages}) ", line) and "…" not in line]
+    found = [line for line in lines if re.match(rf"guard ({stages}) ", line) and "…" not in line]
+    return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("line", readme_commands())
-def test_the_commands_of_the_readme_are_right(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_has_a_page_with_a_command() -> None:
+    for name, page in [
+        ("prepare", "data"),
+        *((stage, stage) for stage in ("squeeze", "recover", "relabel", "evaluate")),
+    ]:
+        assert f"\nguard {name} " in (ROOT / "docs" / f"{page}.md").read_text(), page
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs/results").glob("*.md"))], ids=lambda page: page.name)
+def test_links_of_the_documentation_lead_somewhere(page: Path) -> None:
+    """Files that are linked exist, and so do the headings."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_the_commands_of_the_documentation_are_right(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)[2:]
     assert main(["config", *words]) == 0, capsys.readouterr().err

@@ -36,6 +36,9 @@ def test_every_arm_of_every_experiment_composes(name: str) -> None:
 def test_every_choice_of_a_group_composes(choice: str) -> None:
     group, name = choice.split("=")
     value = getattr(compose([choice]), group)
+    if group == "controls":
+        assert list(value) == [f"control_{each}" for each in ("random", "full", "adversarial") if name in (each, "all")]
+        return
     assert {"method": value, "engine": getattr(value, "choice", "")}.get(group, getattr(value, "name", "")) == name
 
 

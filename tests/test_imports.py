@@ -29,7 +29,7 @@ LEVELS = [
     ["distill.regularizers", "distill.losses", "distill.models", "distill.data"],
     ["distill.training", "distill.robustness", "distill.recovery", "distill.exchange"],
     ["distill.stages"],
-    ["distill.graph", "distill.preflight", "distill.pipeline"],
+    ["distill.graph", "distill.preflight", "distill.pipeline", "distill.controls"],
     ["launchers", "data_prep", "distill.report"],
     ["distill.cli"],
     ["distill.__main__"],

@@ -58,7 +58,9 @@ def test_the_wheel_holds_every_yaml_and_module(wheel: Path) -> None:
         for path in (ROOT / room).rglob("*.py")
     }
     lists = {str(path.relative_to(ROOT)) for path in (ROOT / "distill").rglob("*.txt")}
-    assert (yamls | modules | lists | {"distill/py.typed"}) - names == set()
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "distill/report").glob("page.*")}
+    assert len(pages) >= 4
+    assert (yamls | modules | lists | pages | {"distill/py.typed"}) - names == set()
     assert [name for name in names if name.startswith(("tests/", "benchmarks/", "configs/"))] == []
 
 

@@ -68,6 +68,17 @@ def test_loader(
     return build_loader(config, prepared, chosen, reading)
 
 
+def read_images(config: Config, prepared: PreparedSet, chosen: Samples, batch_size: int) -> Batch:
+    """Those real images as they are tested, as one batch in memory; their ``indices`` are rows of the stored split."""
+    size = config.dataset.image_size
+    loader = build_loader(config, prepared, chosen, Reading(batch_size, Resolution(size, size)))
+    batches = [batch.to("cpu") for batch in loader]
+    images, labels, indices = (
+        torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "indices")
+    )
+    return Batch(images, labels, torch.from_numpy(chosen.rows)[indices])
+
+
 test_loader.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
 
 

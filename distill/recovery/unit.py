@@ -103,7 +103,8 @@ def recover_unit(
         objective: of ``build_objective``.
         normalize: its device is used.
         size: height and width of the images in pixels.
-        start: float32 (N, 3, size, size), normalised, to optimise in place of noise.
+        start: float32 (N, 3, size, size), normalised, to optimise in place of noise; with ``recover.iterations=0`` they
+            are kept, and the curve holds the losses of the whole images at that.
 
     Raises:
         NonFiniteError: naming unit, iteration and term.
@@ -123,6 +124,12 @@ def recover_unit(
             _check_finite(unit, point)
             curve.append(point)
             progress.update(0, loss=f"{point[1]:.4g}")
+        progress.update()
+    if not config.iterations:
+        # Real images as they are: their losses are what distilled ones are compared with.
+        terms, _ = objective(iterate.images, iterate.labels)
+        curve.append([0, *terms.tolist()])
+        _check_finite(unit, curve[0])
         progress.update()
     if unit.number == 0 and config.snapshots:
         snapshots.append(iterate.pixels(SNAPSHOT_IMAGES))

@@ -1,15 +1,15 @@
-"""Views of finished runs: tables of accuracies, grids of distilled images."""
+"""Views of finished runs: tables of accuracies, grids of distilled images, the page, TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["compare", "write"]
+__all__ = ["compare", "show_report", "write", "write_page"]
 
 
 def compare(paths: Sequence[str | Path], form: str = "terminal") -> str:
-    """Runs side by side in one table.
+    """Runs side by side in one table; repetitions with other seeds make one row.
 
     Args:
         paths: run folders, or experiment folders that hold several runs.
@@ -24,25 +24,70 @@ def compare(paths: Sequence[str | Path], form: str = "terminal") -> str:
     return {"terminal": table.terminal, "markdown": table.markdown, "csv": table.csv}[form]()
 
 
-def write(folder: Path, runs: Sequence[Path]) -> None:
-    """Write the table and the pictures of an experiment where they are missing or old, each file atomically.
+def write_page(path: Path, folders: Sequence[str | Path]) -> bool:
+    """Write ``report.html`` of some runs, atomically and only when something has changed.
 
-    ``report.md`` and ``report.csv`` in the experiment's folder; ``distilled.png`` in every run that has a complete
-    distilled set, and in the experiment's folder one with the runs above each other.
+    Args:
+        path: the HTML file; it needs no other file and no network.
+        folders: run folders, or experiment folders that hold several runs.
+
+    Returns:
+        Whether there is a page: not where no run is finished.
+
+    Raises:
+        ArtifactError: a folder does not exist or holds no run, or a file of a run is damaged.
+    """
+    from distill.report.page import write_page
+
+    return write_page(path, folders)
+
+
+def show_report(folder: Path, runs: Sequence[Path]) -> bool:
+    """Show the report in TensorBoard: the table as text, the curves as images, under ``folder/tensorboard/report``.
+
+    Args:
+        folder: of the experiment; the run's own where there is but one.
+        runs: run folders.
+
+    Returns:
+        Whether events were written: not where all is as it was, no run is finished, or no run uses TensorBoard.
+    """
+    from distill.report.events import show_report
+
+    return show_report(folder, runs)
+
+
+def write(folder: Path, runs: Sequence[Path]) -> None:
+    """Write what is missing or old of an experiment's report, each file atomically.
+
+    ``report.md``, ``report.csv`` and ``report.html`` in the experiment's folder, and the same for TensorBoard;
+    ``distilled.png`` in every run that has a complete distilled set, and in the experiment's folder one with the runs
+    above each other.
 
     Args:
         folder: of the experiment; the run's own where there is but one.
         runs: run folders.
     """
-    from distill.files import write_atomic
-    from distill.report.comparison import compare_runs
     from distill.run_folder import RESULTS
 
+    _write_pictures(folder, runs)
     if all((run / RESULTS).is_file() for run in runs):
-        table = compare_runs(runs)
-        for path, text in ((folder / "report.md", table.markdown()), (folder / "report.csv", table.csv())):
-            if not path.is_file() or path.read_bytes() != text.encode():
-                write_atomic(path, text)
+        _write_tables(folder, runs)
+        write_page(folder / "report.html", runs)
+        show_report(folder, runs)
+
+
+def _write_tables(folder: Path, runs: Sequence[Path]) -> None:
+    from distill.files import write_atomic
+    from distill.report.comparison import compare_runs
+
+    table = compare_runs(runs)
+    for path, text in ((folder / "report.md", table.markdown()), (folder / "report.csv", table.csv())):
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_atomic(path, text)
+
+
+def _write_pictures(folder: Path, runs: Sequence[Path]) -> None:
     finished = [run for run in runs if (run / "distilled" / "manifest.json").is_file()]
     newest = max((run / "distilled" / "manifest.json" for run in finished), key=_age, default=None)
     drawn = [run / "distilled.png" for run in finished] + [folder / "distilled.png"] * (len(finished) > 1)

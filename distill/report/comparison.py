@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.report.runs import Run, find_runs
+from distill.report.groups import Group, group_runs
+from distill.report.runs import IncompleteRun, Run, find_runs
 from distill.report.tables import FACTS, RATIOS, Cell, Comparison, Row
-from distill.robustness.metrics import attack_label, summarise
+from distill.robustness.metrics import attack_label, mean, spread, summarise
+
+Networks = Sequence[Mapping[str, Any]]
 
 
 def compare_runs(paths: Iterable[str | Path]) -> Comparison:
-    """Read runs and put them side by side.
+    """Read runs and put them side by side; repetitions with other seeds make one row.
 
     Args:
         paths: run folders or experiment folders that hold several runs.
@@ -25,52 +28,92 @@ def compare_runs(paths: Iterable[str | Path]) -> Comparison:
         ArtifactError: a folder does not exist or holds no run, or a ``results.json`` cannot be read.
     """
     runs, incomplete = find_runs(paths)
-    short = [run.label for run in runs]
-    names = short if len(set(short)) == len(short) else [str(run.results["name"]) for run in runs]
-    rows = [_student_row(run, name) for run, name in zip(runs, names, strict=True)]
-    teachers = [_teacher_row(run, name) for run, name in zip(runs, names, strict=True)]
-    return Comparison([*rows, *(row for row in teachers if row)], _different_attacks(runs), incomplete)
+    return compare_groups(group_runs(runs), incomplete)
 
 
-def _student_row(run: Run, name: str) -> Row:
-    students = run.results["students"]
-    published = (run.results.get("published") or {}).get(run.label, {})
-    cells = _cells(students, published)
-    if (loss := (run.results.get("recover") or {}).get("bn_loss")) is not None:
-        cells["BN loss"] = Cell(loss, digits=2)
-    return Row(name, _regularizer(run.results["regularizer"]), "student", _facts(run, students), cells)
+def compare_groups(groups: Sequence[Group], incomplete: Sequence[IncompleteRun] = ()) -> Comparison:
+    """One row for the students of each group, then one for its teachers."""
+    rows = [_student_row(group) for group in groups]
+    teachers = [_teacher_row(group) for group in groups]
+    runs = [run for group in groups for run in group.runs]
+    return Comparison([*rows, *(row for row in teachers if row)], _different_attacks(runs), list(incomplete))
 
 
-def _teacher_row(run: Run, name: str) -> Row | None:
-    """The tested teacher. What it makes of distilled images (``teacher_top1``) is no accuracy on real ones."""
-    teacher = run.results.get("teacher")
-    if not teacher:
+def _student_row(group: Group) -> Row:
+    networks = [run.results["students"] for run in group.runs]
+    first = group.runs[0]
+    cells = _cells(networks, (first.results.get("published") or {}).get(first.label, {}))
+    losses = [(run.results.get("recover") or {}).get("bn_loss") for run in group.runs]
+    if loss := spread(losses):
+        cells["BN loss"] = Cell(loss["mean"], loss["sd"], digits=2)
+    return _row(group, "student", networks, _facts(group), cells)
+
+
+def _teacher_row(group: Group) -> Row | None:
+    """The tested teachers. What they make of distilled images (``teacher_top1``) is no accuracy on real ones."""
+    networks = [[run.results["teacher"]] for run in group.runs if run.results.get("teacher")]
+    if not networks:
         return None
-    cells = _cells([teacher], {})
-    facts = {**_facts(run, run.results["students"]), "students": "", "ipc": ""}
-    return Row(name, _regularizer(run.results["regularizer"]), "teacher", facts, cells)
+    return _row(group, "teacher", networks, {**_facts(group), "students": "", "ipc": ""}, _cells(networks, {}))
 
 
-def _cells(networks: Sequence[Mapping[str, Any]], published: Mapping[str, float]) -> dict[str, Cell]:
-    summary = summarise(networks)
+def _row(group: Group, kind: str, networks: Sequence[Networks], facts: dict[str, Any], cells: dict[str, Cell]) -> Row:
+    every = [network for of_run in networks for network in of_run]
+    checked = [network["sanity"] for network in every if network.get("sanity")]
+    return Row(
+        group.title,
+        _regularizer(group.runs[0].results["regularizer"]),
+        kind,
+        facts,
+        cells,
+        runs=len(networks),
+        passes=_passes(every),
+        flags=[flag for sanity in checked for flag in sanity.get("flags", ())] if checked else None,
+        name=group.name,
+    )
 
-    def percent(spread: Mapping[str, Any], stated: float | None) -> Cell:
-        return Cell(100 * spread["mean"], None if spread["sd"] is None else 100 * spread["sd"], stated)
 
-    cells = {"clean": percent(summary["top1"], published.get("clean"))}
-    for label, spread in summary["attacks"].items():
-        cells[label] = percent(spread, published.get(label, published.get(label.removesuffix("@1"))))
+def _passes(networks: Networks) -> tuple[float, float] | None:
+    """Forward and backward passes of all attacks together for each attacked image, the mean over networks."""
+    sums = []
+    for network in networks:
+        efforts = [attack.get("effort") for attack in network["attacks"]]
+        if not efforts or not all(efforts):
+            return None
+        sums.append(tuple(sum(effort[way] for effort in efforts if effort) for way in ("forward", "backward")))
+    return (mean([each[0] for each in sums]), mean([each[1] for each in sums])) if sums else None
+
+
+def _cells(networks: Sequence[Networks], published: Mapping[str, float]) -> dict[str, Cell]:
+    """Figures of one run's networks with the spread over them, or the runs' means with the spread over runs."""
+    summaries = [summarise(of_run) for of_run in networks]
+
+    def over(values: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+        return values[0] if len(summaries) == 1 else spread([value["mean"] if value else None for value in values])
+
+    def percent(figure: Mapping[str, Any], stated: float | None) -> Cell:
+        return Cell(100 * figure["mean"], None if figure["sd"] is None else 100 * figure["sd"], stated)
+
+    cells = {}
+    if top1 := over([summary["top1"] for summary in summaries]):
+        cells["clean"] = percent(top1, published.get("clean"))
+    for label in dict.fromkeys(label for summary in summaries for label in summary["attacks"]):
+        if attacked := over([summary["attacks"].get(label) for summary in summaries]):
+            cells[label] = percent(attacked, published.get(label, published.get(label.removesuffix("@1"))))
     for name, key in zip(RATIOS, ("rr", "i_rr"), strict=True):
-        if summary[key]:
-            cells[name] = Cell(summary[key]["mean"], summary[key]["sd"], digits=2)
+        if ratio := over([summary[key] for summary in summaries]):
+            cells[name] = Cell(ratio["mean"], ratio["sd"], digits=2)
     return cells
 
 
-def _facts(run: Run, students: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _facts(group: Group) -> dict[str, Any]:
+    results, students = group.runs[0].results, group.runs[0].results["students"]
     images = students[0]["clean"]["count"]
     attacked = {attack["count"] for attack in students[0]["attacks"]} - {images}
     counted = f"{images} ({', '.join(map(str, sorted(attacked)))} attacked)" if attacked else str(images)
-    return {**{key: run.results.get(key, "") for key in FACTS}, "students": len(students), "images": counted}
+    numbers = sorted({len(run.results["students"]) for run in group.runs})
+    each = " or ".join(map(str, numbers)) + (" per run" if len(group.runs) > 1 else "")
+    return {**{key: results.get(key, "") for key in FACTS}, "students": each, "images": counted}
 
 
 AS_EVER = {"every": 1, "fraction": 1.0, "gradients": "auto", "h_scaling": True}

@@ -49,9 +49,11 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def attack_label(attack: Mapping[str, Any]) -> str:
-    """``pgd20@16`` for an attack of ``results.json`` at ε = 16/255, the bare name for one without a radius."""
+    """``pgd20@16`` for an attack of ``results.json`` at 16/255, ``pgd20@L2-0.5``, or the bare name."""
     epsilon = attack["epsilon"]
-    return str(attack["name"]) if epsilon is None else f"{attack['name']}@{epsilon:g}"
+    if epsilon is None:
+        return str(attack["name"])
+    return f"{attack['name']}@{'L2-' if attack.get('norm') == 'L2' else ''}{epsilon:g}"
 
 
 def ratios(network: Mapping[str, Any]) -> dict[str, float | None]:

@@ -37,16 +37,20 @@ class AttackResult:
     """What one attack at one radius left standing.
 
     Attributes:
-        name, epsilon: as in the suite; the radius in units of 1/255, or None.
+        name, norm, epsilon: as in the suite; the radius in units of 1/255 for L∞, of [0, 1] pixels for L2, or None.
         robust: bool (N,), correct when clean and still correct when attacked.
-        clean: accuracy on the same N images when clean, a fraction.
-        specification: class, all arguments, library version, seed and batch size.
+        right: bool (N,), correct when clean: these were attacked.
+        forward, backward: passes through the network, summed over the attacked images.
+        specification: class, all arguments, library version, threat and seed.
     """
 
     name: str
+    norm: str
     epsilon: float | None
     robust: Tensor
-    clean: float
+    right: Tensor
+    forward: int
+    backward: int
     specification: dict[str, Any]
 
     @property
@@ -55,13 +59,16 @@ class AttackResult:
         return int(self.robust.sum()) / len(self.robust)
 
     def as_json(self) -> dict[str, Any]:
-        """The attack's entry in ``results.json``."""
+        """The attack's entry in ``results.json``; ``effort`` is passes for each attacked image."""
+        attacked = max(int(self.right.sum()), 1)
         return {
             "name": self.name,
+            "norm": self.norm,
             "epsilon": self.epsilon,
             "accuracy": self.accuracy,
-            "clean": self.clean,
+            "clean": int(self.right.sum()) / len(self.right),
             "count": len(self.robust),
+            "effort": {"forward": self.forward / attacked, "backward": self.backward / attacked},
             "specification": self.specification,
         }
 

@@ -1,4 +1,8 @@
-"""Accuracy of a network under attack: which images survive, and exactly what attacked them (SPEC §3)."""
+"""Accuracy of a network under attack: which images survive, and exactly what attacked them (SPEC §3).
+
+What happens to an image is a function of the image, its index, the model, the attack and the seed alone: not of the
+batch that it is attacked in, the order of the images or the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,12 @@ from distill.data.batch import Batch
 from distill.errors import DataError, GuardError, NonFiniteError
 from distill.progress import Progress
 from distill.randomness import seeded
-from distill.robustness.attacks import PlannedAttack, build, is_linf
-from distill.robustness.lending import lent
+from distill.robustness.attacks import BuiltAttack, PlannedAttack, Stage, build
+from distill.robustness.drawing import PerImage
+from distill.robustness.lending import AllBroken, Watched, answers, lent
 from distill.robustness.results import AttackReport, AttackResult, CleanResult
 from distill.robustness.suite import plan, shipped_suite
-
-TOLERANCE = 1e-6
-"""How far outside the ε-ball rounding may carry a pixel in [0, 1]."""
+from distill.robustness.threat import TOLERANCE, Threat
 
 
 def attack_accuracy(
@@ -27,24 +30,28 @@ def attack_accuracy(
     suite: str | Mapping[str, Any] = "quick",
     *,
     epsilon: Sequence[float] = (1.0,),
+    norm: str = "Linf",
     num_classes: int | None = None,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int = 128,
+    forward_batch: int = 32,
     quiet: bool = False,
 ) -> AttackReport:
     """Accuracy of a model on real images, clean and under each attack at each radius.
 
-    Outcomes are a function of the images, the model, the suite, ``seed`` and ``batch_size``; the loader's order and
-    batch size do not matter. All images are held in memory as bytes.
+    Outcomes are a function of the images and their indices, the model, the suite, ``seed`` and ``forward_batch``; the
+    loader's order and both batch sizes do not matter. All images are held in memory as bytes.
 
     Args:
         model: takes float images (N, 3, H, W) in [0, 1], normalises them itself, gives logits.
         loader: gives ``Batch``es of uint8 images.
         suite: a name in ``configs/attacks``, a suite (name → {attack: class of torchattacks, arguments}), or one attack
             ({attack: class, arguments}).
-        epsilon: L∞ radii in units of 1/255.
+        epsilon: radii, in units of 1/255 for L∞ and of [0, 1] pixels for L2.
+        norm: ``Linf`` or ``L2``.
         num_classes: None takes the number of logits.
         batch_size: images attacked together.
+        forward_batch: images of a forward pass of the model.
         quiet: show no progress.
 
     Raises:
@@ -55,30 +62,38 @@ def attack_accuracy(
         suite = shipped_suite(suite)
     elif isinstance(suite.get("attack"), str):
         suite = {suite["attack"].lower(): suite}
-    planned = plan(suite, epsilon)
+    planned = plan(suite, epsilon, norm)
     batches = [batch.to("cpu") for batch in loader]
     if not batches:
         raise DataError("The loader gave no image to attack.")
     columns = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "indices"))
     images, labels, indices = columns
     order = indices.argsort(stable=True)
-    images, labels, indices = images[order], labels[order], indices[order]
-    blocks = [Batch(*part) for part in zip(*(t.split(batch_size) for t in (images, labels, indices)), strict=True)]
-    clean = top_accuracy(model, blocks, quiet=quiet)
+    batch = Batch(images[order], labels[order], indices[order])
+    clean = top_accuracy(model, [batch], forward_batch=forward_batch, quiet=quiet)
 
     def attacked(one: PlannedAttack) -> AttackResult:
         classes = num_classes or clean.num_classes
-        known = (model, images, labels, clean.correct, one)
-        return run_attack(*known, num_classes=classes, seed=seed, batch_size=batch_size, quiet=quiet)
+        return run_attack(
+            *(model, batch, clean.correct, one),
+            num_classes=classes,
+            seed=seed,
+            batch_size=batch_size,
+            forward_batch=forward_batch,
+            quiet=quiet,
+        )
 
     return AttackReport(clean, [attacked(one) for one in planned])
 
 
-def top_accuracy(model: nn.Module, loader: Iterable[Batch], *, quiet: bool = False) -> CleanResult:
+def top_accuracy(
+    model: nn.Module, loader: Iterable[Batch], *, forward_batch: int = 32, quiet: bool = False
+) -> CleanResult:
     """Top-1 and top-5 answers on images that nobody attacked.
 
     Args:
         model: takes float images (N, 3, H, W) in [0, 1], gives logits.
+        forward_batch: images of a forward pass; the answer on an image does not depend on the others.
 
     Raises:
         NonFiniteError: a logit is NaN or infinite.
@@ -86,10 +101,12 @@ def top_accuracy(model: nn.Module, loader: Iterable[Batch], *, quiet: bool = Fal
     """
     correct, in_top5, indices = [], [], []
     total = len(loader) if isinstance(loader, Sized) else 0
-    with lent(model) as (network, device), torch.no_grad(), Progress(total, "test", "batch", quiet=quiet) as progress:
+    with lent(model, forward_batch) as network, Progress(total, "test", "batch", quiet=quiet) as progress:
         for batch in loader:
-            batch = batch.to(device)
-            logits = _answers(network, batch.images / 255, "clean images")
+            batch = batch.to(network.device)
+            # One part at a time: as floats, a whole test set would not fit.
+            parts = [answers(network, part / 255, "clean images") for part in batch.images.split(forward_batch)]
+            logits = torch.cat(parts)
             best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
             correct.append((logits.argmax(1) == batch.labels).cpu())
             in_top5.append(best.any(1).cpu())
@@ -102,70 +119,108 @@ def top_accuracy(model: nn.Module, loader: Iterable[Batch], *, quiet: bool = Fal
 
 def run_attack(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    batch: Batch,
     clean_correct: Tensor,
     planned: PlannedAttack,
     *,
     num_classes: int,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int = 128,
+    forward_batch: int = 32,
+    source: nn.Module | None = None,
     quiet: bool = False,
 ) -> AttackResult:
     """Run one attack at one radius.
 
-    The images are cut into blocks of ``batch_size``, and the global random generators are seeded for each block and put
-    back afterwards. An image that is wrong when clean is not robust and is never attacked.
+    An image that is wrong when clean is not robust and is never attacked. One that is broken is not looked at again,
+    neither by the rest of its attack nor by the other attacks of an ensemble. The global random state stays as it is.
 
     Args:
         model: takes float images (N, 3, H, W) in [0, 1], gives logits. It works in eval mode and without gradients of
             its parameters; both are put back.
-        images: uint8 (N, 3, H, W).
-        labels: int64 (N,).
+        batch: all images; their random numbers belong to ``indices``.
         clean_correct: bool (N,), which images are right when clean.
+        batch_size: images attacked together.
+        forward_batch: images of a forward pass; see ``Watched``.
+        source: another model, which the attack is computed on, and whose images are then shown to the model.
 
     Raises:
         NonFiniteError: the attack made a NaN, or the model answers one.
-        GuardError: an image left [0, 1] or the ε-ball of an L∞ attack.
+        GuardError: an image left [0, 1], or the ball of an attack that must stay in it.
     """
-    robust = torch.zeros(len(labels), dtype=torch.bool)
-    images, labels, right = images.cpu(), labels.cpu(), clean_correct.cpu()
-    with lent(model) as (network, device), Progress(int(right.sum()), planned.label, "image", quiet=quiet) as progress:
-        attack, specification = build(planned, network, num_classes, seed)
-        radius = specification["arguments"]["eps"] if is_linf(planned.attack, specification["arguments"]) else None
-        for block, start in enumerate(range(0, len(labels), batch_size)):
-            end = min(start + batch_size, len(labels))
-            chosen = start + right[start:end].nonzero().flatten()
-            if not len(chosen):
-                continue
-            clean, truth = images[chosen].to(device) / 255, labels[chosen].to(device)
-            with seeded(seed, f"attack:{planned.label}", block), torch.enable_grad():
-                adversarial = attack(clean, truth).detach()
-            _check_images(adversarial, clean, radius, planned.label)
-            with torch.no_grad():
-                answers = _answers(network, adversarial, f"images of {planned.label}").argmax(1)
-            robust[chosen] = (answers == truth).cpu()
-            progress.update(len(chosen), accuracy=f"{int(robust.sum()) / end:.3f}")
-    specification |= {"seed": seed, "batch_size": batch_size}
-    return AttackResult(planned.name, planned.epsilon, robust, int(right.sum()) / len(right), specification)
+    batch, right = batch.to("cpu"), clean_correct.cpu()
+    built = build(planned, num_classes, seed, batch.images[0].numel())
+    robust = right.clone()
+    size = batch_size if built.together else 1
+    parts = max(len(built.stages), 1)
+    with (
+        lent(model, forward_batch) as network,
+        lent(source or model, forward_batch) as other,
+        Progress(parts * int(right.sum()), planned.label, "image", quiet=quiet) as progress,
+    ):
+        shown = network if source is None else other
+        for stage in built.stages:
+            pending = robust.nonzero().flatten()
+            for rows in pending.split(size) if len(pending) else ():
+                broken = _attack(network, shown, batch, rows, built, stage, planned.label)
+                robust[rows[broken]] = False
+                progress.update(len(rows), accuracy=f"{int(robust.sum()) / len(robust):.3f}")
+            progress.update(int(right.sum()) - len(pending))
+        forward = network.forward_passes + (other.forward_passes if source is not None else 0)
+        backward = shown.backward_passes
+    specification = {**built.specification, "seed": seed, "forward_batch": forward_batch}
+    return AttackResult(planned.name, planned.norm, planned.epsilon, robust, right, forward, backward, specification)
 
 
-def _answers(network: nn.Module, images: Tensor, what: str) -> Tensor:
-    logits: Tensor = network(images)
-    if not logits.isfinite().all():
-        raise NonFiniteError(f"The network answers NaN or infinite logits on {what}; its weights are broken.")
-    return logits
+def _attack(
+    network: Watched, shown: Watched, batch: Batch, rows: Tensor, built: BuiltAttack, stage: Stage, label: str
+) -> Tensor:
+    """bool (rows,): which of these images a stage breaks."""
+    clean, labels = batch.images[rows].to(network.device) / 255, batch.labels[rows].to(network.device)
+    indices = batch.indices[rows].tolist()
+    # A mean over a power of two rounds nothing, so that an image's gradient is that of a smaller batch; and two rows
+    # at least, for sums over the values of a single image are cut into other pieces than those of several.
+    filled = 1 << max(len(rows) - 1, 1).bit_length() if built.together else len(rows)
+    padding = torch.arange(filled, device=clean.device).clamp(max=len(rows) - 1)
+    images, truth = clean[padding], labels[padding]
+    shown.attack(images, truth, len(rows), built.threat if shown is network else None)
+    purpose = f"attack:{label}:{stage.key}"
+    try:
+        with (
+            seeded(built.seed, purpose, indices[0]),
+            PerImage(built.seed, purpose, indices, filled if built.together else -1),
+            torch.enable_grad(),
+        ):
+            found = stage.start(shown, indices)(images, truth).detach()[: len(rows)]
+    except AllBroken:
+        return torch.ones(len(rows), dtype=torch.bool)
+    finally:
+        shown.release()
+    broken = shown.broken[: len(rows)].clone() if shown is network else torch.zeros_like(labels, dtype=torch.bool)
+    left = (~broken).nonzero().flatten()
+    if len(left):
+        _check_images(found[left], clean[left], built.threat, stage.searching, label)
+        wrong = answers(network, found[left], f"images of {label}").argmax(1) != labels[left]
+        broken[left] = wrong & built.threat.allows(found[left], clean[left])
+    return broken.cpu()
 
 
-def _check_images(adversarial: Tensor, clean: Tensor, radius: float | None, label: str) -> None:
+def _check_images(adversarial: Tensor, clean: Tensor, threat: Threat, searching: bool, label: str) -> None:
     if not adversarial.isfinite().all():
         raise NonFiniteError(
             f"The attack {label} made NaN pixels, as some do where a gradient vanishes; leave it out of attacks.suite."
         )
     if adversarial.min() < -TOLERANCE or adversarial.max() > 1 + TOLERANCE:
         raise GuardError(f"The attack {label} left the pixel range [0, 1]; leave it out of attacks.suite.")
-    if radius is not None and (distance := float((adversarial - clean).abs().max())) > radius + TOLERANCE:
+    if searching or threat.allows(adversarial, clean).all():
+        return
+    distance = float(threat.distance(adversarial, clean).max())
+    if threat.norm == "Linf":
         raise GuardError(
-            f"The attack {label} moved a pixel by {255 * distance:.4f}/255, beyond its radius of {255 * radius:g}/255; "
-            "leave it out of attacks.suite."
+            f"The attack {label} moved a pixel by {255 * distance:.4f}/255, beyond its radius of "
+            f"{255 * (threat.radius or 0):g}/255; leave it out of attacks.suite."
         )
+    raise GuardError(
+        f"The attack {label} moved an image by {distance:.4f}, beyond its L2 radius of {threat.radius:g}; "
+        "leave it out of attacks.suite."
+    )

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.errors import ConfigError
-from distill.robustness.attacks import PlannedAttack, is_linf, library, parameters
+from distill.robustness.attacks import OURS, PlannedAttack, library, norm_of, parameters
 
+TARGETS = ("least_likely", "most_likely", "random")
 CHOICES: dict[str, tuple[str, ...]] = {
+    "target": TARGETS,
+    "source": ("teacher",),
     "norm": ("Linf", "L2"),
     "version": ("standard", "plus", "rand"),
     "APGD.loss": ("ce", "dlr"),
@@ -20,14 +23,22 @@ REAL = ("c", "kappa", "lam", "nsig", "scale")
 """Arguments that torchattacks declares with a whole number although any number fits."""
 
 
-def plan(suite: Mapping[str, Any], epsilons: Sequence[float]) -> list[PlannedAttack]:
+def plan(suite: Mapping[str, Any], epsilons: Sequence[float], norm: str = "Linf") -> list[PlannedAttack]:
     """Every attack of a suite at every radius, checked against the signatures of torchattacks; nothing is run.
 
     Args:
-        suite: name → {``attack``: class of torchattacks, its arguments}. ``alpha_ratio`` is ours: alpha = ratio·eps.
-            ``n_classes`` and ``seed`` are filled in where the class takes them. An ``eps`` given here (in [0, 1]
-            pixels, in the attack's own norm) replaces the radii, and the attack runs once.
-        epsilons: radii of the L∞ ball in units of 1/255.
+        suite: name → {``attack``: class of torchattacks, its arguments}. ``n_classes`` and ``seed`` are filled in where
+            the class takes them, and its ``norm`` is that of the threat. An ``eps`` given here (in [0, 1] pixels, in
+            the attack's own norm) replaces the radii, and the attack runs once. Ours are:
+            ``alpha_ratio``: alpha = ratio·eps;
+            ``target``: the class that an image is to be taken for, ``least_likely``, ``most_likely`` or ``random``; an
+            image is broken as soon as it is not taken for its own class;
+            ``within_radius``: of an attack without ``eps``, such as CW: an image counts as broken only within the ball,
+            for an L∞ radius within the L2 ball that just holds it;
+            ``repaired``: CW without the faults of torchattacks;
+            ``source``: ``teacher`` computes the attack on the teacher, whose images are then shown to the network.
+        epsilons: radii, in units of 1/255 for L∞ and of [0, 1] pixels for L2.
+        norm: ``Linf`` or ``L2``.
 
     Returns:
         Attack by attack, each at the radii in their order.
@@ -42,12 +53,12 @@ def plan(suite: Mapping[str, Any], epsilons: Sequence[float]) -> list[PlannedAtt
         raise ConfigError(f"attacks.epsilon={list(epsilons)} must hold each radius once.")
     planned: list[PlannedAttack] = []
     for name, entry in suite.items():
-        per_radius = _check_entry(name, entry)
+        per_radius = _check_entry(name, entry, norm)
         if per_radius and not epsilons:
             raise ConfigError(f"attacks.epsilon is empty, and attacks.suite.{name} needs at least one radius.")
         arguments = {key: value for key, value in entry.items() if key != "attack"}
         radii = [float(epsilon) for epsilon in epsilons] if per_radius else [None]
-        planned += [PlannedAttack(name, entry["attack"], epsilon, arguments) for epsilon in radii]
+        planned += [PlannedAttack(name, entry["attack"], epsilon, arguments, norm) for epsilon in radii]
     return planned
 
 
@@ -68,7 +79,7 @@ def shipped_suite(name: str) -> dict[str, Any]:
     return dict(content["suite"])
 
 
-def _check_entry(name: str, entry: Any) -> bool:
+def _check_entry(name: str, entry: Any, norm: str) -> bool:
     """Check one attack of a suite; whether it runs once for each radius."""
     key = f"attacks.suite.{name}"
     if not isinstance(entry, Mapping) or not isinstance(entry.get("attack"), str):
@@ -76,9 +87,7 @@ def _check_entry(name: str, entry: Any) -> bool:
     attack = entry["attack"]
     if attack not in library():
         raise ConfigError(f"{key}.attack={attack} is not one of: {', '.join(sorted(library()))}.")
-    allowed = parameters(attack)
-    if {"eps", "alpha"} <= set(allowed):
-        allowed["alpha_ratio"] = 1.0
+    allowed = _allowed(attack)
     for argument in sorted(set(entry) - {"attack"}):
         if argument not in allowed:
             raise ConfigError(f"{key}.{argument} is no argument of {attack}, which takes: {', '.join(allowed)}.")
@@ -88,13 +97,32 @@ def _check_entry(name: str, entry: Any) -> bool:
             raise ConfigError(f"{key}.{argument}={entry[argument]} is not one of: {', '.join(choices)}.")
     if {"alpha", "alpha_ratio"} <= set(entry):
         raise ConfigError(f"{key} sets both alpha and alpha_ratio; give one of them.")
-    if "eps" not in allowed or "eps" in entry:
+    if "eps" not in allowed:
+        return bool(entry.get("within_radius"))
+    if "eps" in entry:
         return False
-    if not is_linf(attack, entry):
+    own = entry.get("norm", norm) if "norm" in allowed else norm_of(attack, entry)
+    if own != norm:
+        other = " PGDL2 is the L2 version of PGD." if attack == "PGD" else ""
         raise ConfigError(
-            f"{key}.eps must be set, in [0, 1] pixels: attacks.epsilon holds L∞ radii, which do not fit this attack."
+            f"{key}.eps must be set, in [0, 1] pixels: attacks.epsilon holds {norm.replace('inf', '∞')} radii, which "
+            f"do not fit this attack.{other}"
         )
     return True
+
+
+def _allowed(attack: str) -> dict[str, Any]:
+    """Arguments that a class takes in a suite, ours among them, with their defaults."""
+    allowed = parameters(attack)
+    if {"eps", "alpha"} <= set(allowed):
+        allowed["alpha_ratio"] = OURS["alpha_ratio"]
+    if attack in ("PGD", "CW", "MIFGSM"):
+        allowed["target"] = OURS["target"]
+    if "eps" not in allowed:
+        allowed["within_radius"] = OURS["within_radius"]
+    if attack == "CW":
+        allowed["repaired"] = OURS["repaired"]
+    return {**allowed, "source": OURS["source"]}
 
 
 def _check_value(key: str, value: Any, default: Any, real: bool) -> None:

@@ -9,19 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from distill.config import Config, result_options
 from distill.data.batch import Batch
-from distill.data.loaders import test_loader
+from distill.data.loaders import read_images, samples, test_loader
+from distill.data.samples import Samples
+from distill.errors import ConfigError
 from distill.files import digest, load_tensors, save_tensors, write_json
 from distill.models import Normalize, load_teacher
 from distill.progress import Progress
 from distill.provenance import environment
+from distill.robustness import sanity
 from distill.robustness.attacks import PlannedAttack
 from distill.robustness.metrics import attack_label, ratios, summarise
+from distill.robustness.results import AttackResult
 from distill.robustness.runner import run_attack, top_accuracy
 from distill.robustness.suite import plan
 from distill.run_folder import RESULTS, read_manifest
@@ -31,29 +36,51 @@ from distill.stages.work import Work
 
 @dataclass(frozen=True)
 class Outcome:
-    """One file of ``outcomes/``: what one network answers on every image, clean or under one attack."""
+    """One file of ``outcomes/``: what one network answers on a block of images under one attack; or, clean, on all."""
 
     network: str
     attack: PlannedAttack | None
+    block: int = 0
 
     @property
     def file(self) -> str:
-        """For instance ``seed0.pgd20@4.safetensors``."""
-        return f"{self.network}.{'clean' if self.attack is None else self.attack.label}.safetensors"
+        """For instance ``seed0.pgd20@4.0000.safetensors``."""
+        if self.attack is None:
+            return f"{self.network}.clean.safetensors"
+        return f"{self.network}.{self.attack.label}.{self.block:04d}.safetensors"
+
+    @property
+    def checks(self) -> bool:
+        """Whether this is a part of a check for gradient masking."""
+        return self.attack is not None and self.attack.name.startswith(sanity.PREFIX)
 
 
-def planned_outcomes(config: Config) -> list[Outcome]:
-    """Everything that is to be tested. Raises ConfigError when the attacks do not fit torchattacks."""
+def planned_outcomes(config: Config, attacked: int = 1) -> list[Outcome]:
+    """Everything that is to be tested, with so many images under attack.
+
+    Raises:
+        ConfigError: the attacks do not fit torchattacks.
+    """
     networks = ["teacher"] if config.evaluate.teacher else []
     networks += [f"seed{seed}" for seed in config.evaluate.seeds]
-    attacks = plan(config.attacks.suite, config.attacks.epsilon) if config.attacks.suite else []
-    return [Outcome(network, attack) for network in networks for attack in [None, *attacks]]
+    options = config.attacks
+    attacks = plan(options.suite, options.epsilon, options.norm) if options.suite else []
+    if taken := next((attack.name for attack in attacks if attack.name.startswith(sanity.PREFIX)), None):
+        raise ConfigError(f"attacks.suite.{taken} must not begin with {sanity.PREFIX}, which names our own checks.")
+    blocks = range(-(-attacked // options.block))
+    outcomes = []
+    for network in networks:
+        outcomes.append(Outcome(network, None))
+        outcomes += [Outcome(network, attack, block) for attack in attacks for block in blocks]
+        if attacks and options.sanity_images and options.epsilon:
+            outcomes += [Outcome(network, each) for each in sanity.checks(options.norm, options.epsilon, network)]
+    return outcomes
 
 
 def run(work: Work) -> None:
     """Make ``outcomes/`` and ``results.json``. Workers share the outcomes."""
-    outcomes = planned_outcomes(work.config)
     testing = _Testing(work)
+    outcomes = planned_outcomes(work.config, len(testing.attacked))
 
     def make(number: int, path: Path, progress: Progress) -> None:
         testing.make(outcomes[number], path)
@@ -74,80 +101,96 @@ class _Testing:
     def __init__(self, work: Work):
         self.work, self.config, self.device = work, work.config, work.processes.device
         self.quiet = not work.processes.main
+        options = work.config.evaluate
+        tested = samples(work.config, work.prepared, options.split).choose(options.max_images, work.config.seed)
+        self.attacked: Samples = tested.choose(work.config.attacks.max_images, work.config.seed)
 
     def make(self, outcome: Outcome, path: Path) -> None:
         """Compute one outcome and write its file."""
-        model = self.model(outcome.network)
+        model, options = self.model(outcome.network), self.config.attacks
         if outcome.attack is None:
-            clean = top_accuracy(model, self.loader(self.config.evaluate.max_images), quiet=self.quiet)
-            tensors, facts = {"correct": clean.correct, "in_top5": clean.in_top5}, clean.as_json()
-        else:
-            attacked = self.attacked_images
-            correct = self.correct(outcome.network)
-            result = run_attack(
-                model,
-                attacked.images,
-                attacked.labels,
-                correct,
-                outcome.attack,
-                num_classes=self.config.dataset.num_classes,
-                seed=self.config.seed,
-                batch_size=self.config.attacks.batch_size,
-                quiet=self.quiet,
+            loader = test_loader(
+                self.config,
+                self.work.prepared,
+                split=self.config.evaluate.split,
+                max_images=self.config.evaluate.max_images,
+                batch_size=self.config.evaluate.test_batch_size,
+                device=self.device,
             )
-            tensors, facts = {"robust": result.robust}, result.as_json()
+            clean = top_accuracy(model, loader, forward_batch=options.forward_batch, quiet=self.quiet)
+            save_tensors(path, {"correct": clean.correct, "in_top5": clean.in_top5}, result=json.dumps(clean.as_json()))
+            return
+        images = self.images(-1 if outcome.checks else outcome.block)
+        result = run_attack(
+            model,
+            images,
+            self.right(outcome.network, -1 if outcome.checks else outcome.block),
+            outcome.attack,
+            num_classes=self.config.dataset.num_classes,
+            seed=self.config.seed,
+            batch_size=options.batch_size,
+            forward_batch=options.forward_batch,
+            source=self.teacher if outcome.attack.arguments.get("source") else None,
+            quiet=self.quiet,
+        )
+        tensors = {"robust": result.robust, "right": result.right, "indices": images.indices}
+        facts = {"forward": result.forward, "backward": result.backward, "specification": result.specification}
         save_tensors(path, tensors, result=json.dumps(facts))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one network at a time, for the life of this object
     def model(self, network: str) -> nn.Module:
         """A network that takes images in [0, 1]."""
-        dataset = self.config.dataset
-        normalize = Normalize(dataset.mean, dataset.std).to(self.device)
         if network == "teacher":
-            return nn.Sequential(normalize, load_teacher(self.work.run / "teacher", self.device))
-        return nn.Sequential(normalize, load_student(self.work, int(network.removeprefix("seed"))))
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019
-    def correct(self, network: str) -> Tensor:
-        """bool (N,), which of the attacked images a network gets right when nobody attacks them."""
-        blocks = self.attacked_images.split(-(-len(self.attacked_images) // self.config.attacks.batch_size))
-        return top_accuracy(self.model(network), blocks, quiet=True).correct
-
-    def loader(self, max_images: int) -> Any:
-        """The test images, or a seeded choice of them."""
-        return test_loader(
-            self.config,
-            self.work.prepared,
-            split=self.config.evaluate.split,
-            max_images=max_images,
-            batch_size=self.config.evaluate.test_batch_size,
-            device=self.device,
-        )
+            return self.teacher
+        student = load_student(self.work, int(network.removeprefix("seed")))
+        return nn.Sequential(self.normalize, student)
 
     @functools.cached_property
-    def attacked_images(self) -> Batch:
-        """The images that are attacked, as one batch in memory."""
-        limits = [limit for limit in (self.config.evaluate.max_images, self.config.attacks.max_images) if limit]
-        batches = [batch.to("cpu") for batch in self.loader(min(limits, default=0))]
-        images, labels, indices = zip(*((b.images, b.labels, b.indices) for b in batches), strict=True)
-        return Batch(torch.cat(images), torch.cat(labels), torch.cat(indices))
+    def teacher(self) -> nn.Module:
+        """The teacher, which takes images in [0, 1]."""
+        return nn.Sequential(self.normalize, load_teacher(self.work.run / "teacher", self.device))
+
+    @property
+    def normalize(self) -> Normalize:
+        """In front of every network."""
+        return Normalize(self.config.dataset.mean, self.config.dataset.std).to(self.device)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def right(self, network: str, block: int) -> Tensor:
+        """bool (N,), which images of a block a network gets right when nobody attacks them."""
+        batch = self.images(block)
+        return top_accuracy(
+            self.model(network), [batch], forward_batch=self.config.attacks.forward_batch, quiet=True
+        ).correct
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def images(self, block: int) -> Batch:
+        """The images of a block that are attacked, in memory; -1: those of the checks."""
+        count, size = len(self.attacked), self.config.attacks.block
+        if block < 0:
+            positions = sanity.subset(count, self.config.attacks.sanity_images)
+        else:
+            positions = np.arange(block * size, min((block + 1) * size, count))
+        chosen = self.attacked.take(positions)
+        return read_images(self.config, self.work.prepared, chosen, self.config.evaluate.test_batch_size)
 
 
 def _results(work: Work, outcomes: list[Outcome]) -> dict[str, Any]:
     config, run = work.config, work.run
     distilled = read_manifest(run / "distilled", "distilled")
     networks: dict[str, dict[str, Any]] = {}
-    for outcome in outcomes:
-        load_tensors(work.folder / outcome.file)
-        facts = _facts(work.folder / outcome.file)
-        entry = networks.setdefault(outcome.network, {"attacks": []})
-        if outcome.attack is None:
-            entry["clean"] = facts
+    for (name, label), parts in _grouped(outcomes).items():
+        entry = networks.setdefault(name, {"attacks": [], "checks": []})
+        if not label:
+            load_tensors(work.folder / parts[0].file)
+            entry["clean"] = _facts(work.folder / parts[0].file)
         else:
-            entry["attacks"].append(facts)
+            entry["checks" if parts[0].checks else "attacks"].append(_joined(work.folder, parts).as_json())
     students = []
     for name, entry in networks.items():
-        entry.update(ratios(entry), seed=None if name == "teacher" else int(name.removeprefix("seed")))
+        checked = entry.pop("checks")
+        judged = sanity.judge(entry["attacks"], checked) if checked else None
+        entry.update(ratios(entry), sanity=judged, seed=None if name == "teacher" else int(name.removeprefix("seed")))
         if name != "teacher":
             students.append(entry)
     return {
@@ -168,6 +211,27 @@ def _results(work: Work, outcomes: list[Outcome]) -> dict[str, Any]:
         "students": students,
         "summary": summarise(students),
     }
+
+
+def _grouped(outcomes: list[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """The blocks of each attack on each network, in order."""
+    grouped: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        label = "" if outcome.attack is None else outcome.attack.label
+        grouped.setdefault((outcome.network, label), []).append(outcome)
+    return grouped
+
+
+def _joined(folder: Path, parts: list[Outcome]) -> AttackResult:
+    """One result from the files of its blocks."""
+    attack = parts[0].attack
+    assert attack is not None
+    tensors = [load_tensors(folder / part.file) for part in parts]
+    facts = [_facts(folder / part.file) for part in parts]
+    robust, right = (torch.cat([each[name] for each in tensors]) for name in ("robust", "right"))
+    forward, backward = (sum(each[name] for each in facts) for name in ("forward", "backward"))
+    known = (attack.name, attack.norm, attack.epsilon, robust, right)
+    return AttackResult(*known, forward, backward, facts[0]["specification"])
 
 
 def _recovery(distilled: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def run(work: Work) -> None:
     def finish() -> None:
         _finish(work, teacher, normalize, units)
 
-    work.share([unit.file for unit in units], make, finish, "recover", "iteration", recover.iterations)
+    work.share([unit.file for unit in units], make, finish, "recover", "iteration", recover.iterations or 1)
 
 
 def _finish(work: Work, teacher: nn.Module, normalize: Normalize, units: list[Unit]) -> None:

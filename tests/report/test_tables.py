@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from distill.errors import ArtifactError
 from distill.files import write_json
 from distill.report.comparison import compare_runs
+from distill.report.sections import leader
 from tests.report.conftest import RunMaker, network
 
 PLAIN = {"name": "none", "weight": None, "options": {}}
@@ -93,6 +95,43 @@ def test_what_differs_gets_a_column(make_run: RunMaker) -> None:
     # What a teacher makes of distilled images is no test of it.
     assert [(row.run, row.network) for row in table.rows] == [("ipc10", "student"), ("ipc50", "student")]
     assert "RR" not in table.rows[1].cells, "clean = attacked: undefined"
+
+
+def test_the_best_is_that_of_one_data_set(make_run: RunMaker) -> None:
+    runs = [
+        make_run(f"{data}/{name}", PLAIN, [network(0, clean, {("mim", 1.0): clean / 2})], teacher=None, dataset=data)
+        for data, name, clean in (
+            ("digits", "a", 0.9),
+            ("digits", "b", 0.8),
+            ("cifar10", "c", 0.4),
+            ("cifar10", "d", 0.5),
+        )
+    ]
+    table = compare_runs(runs)
+    assert [table.is_best(row, "clean") for row in table.rows] == [True, False, False, True]
+    assert leader(table) == ""
+    assert leader(compare_runs(runs[:2])) == (
+        "Students under the hardest attack, mim@1: a 45.0 %, b 40.0 %. Without attack: a 90.0 %, b 80.0 %."
+    )
+
+
+def test_repetitions_in_every_format(make_run: RunMaker) -> None:
+    def run(seed: int, clean: float, forward: float) -> Path:
+        student = network(0, clean, {("pgd20", 8.0): clean / 2})
+        student["attacks"][0]["effort"] = {"forward": forward, "backward": 10.0}
+        student["sanity"] = {"flags": ["gradient masking suspected: oh"] * (seed == 1), "checks": []}
+        return make_run(f"s{seed}/guard", CURVATURE, [student], teacher=None, seed=seed, recover={"bn_loss": 5 + seed})
+
+    table = compare_runs([run(0, 0.5, 20), run(1, 0.7, 40)])
+    (line,) = [line for line in table.terminal().splitlines() if line.startswith("guard (2 runs)  ")]
+    assert re.search(
+        r"student +60\.0 ± 14\.1 +30\.0 ± 7\.1 +0\.00 ± 0\.00 +0\.75 ± 0\.00 +5\.50 ± 0\.71 +30 / 10 +1$", line
+    )
+    assert table.terminal().endswith("guard (2 runs), student: gradient masking suspected: oh")
+    assert "| guard (2 runs) |" in table.markdown()
+    (row,) = csv.DictReader(io.StringIO(table.csv()))
+    assert (row["run"], row["runs"], row["forward passes"], row["backward passes"]) == ("guard", "2", "30.0", "10.0")
+    assert (row["flags"], row["BN loss"], row["BN loss sd"]) == ("gradient masking suspected: oh", "5.5", "0.707107")
 
 
 def test_runs_of_the_same_last_name_keep_their_whole_name(make_run: RunMaker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from distill import report
-from distill.files import save_tensors
+from distill.files import save_tensors, write_json
 from distill.run_folder import Artifact, Recipe
 from tests.report.conftest import RunMaker, network
 
@@ -36,7 +37,8 @@ def runs(make_run: RunMaker) -> list[Path]:
 def test_tables_and_pictures_are_written(runs: list[Path]) -> None:
     folder = runs[0].parent
     report.write(folder, runs)
-    assert {path.name for path in folder.iterdir()} == {"sre2l", "guard", "report.md", "report.csv", "distilled.png"}
+    written = {"report.md", "report.csv", "report.html", "distilled.png"}
+    assert {path.name for path in folder.iterdir()} == {"sre2l", "guard", *written}
     assert (folder / "report.md").read_text() == report.compare(runs, "markdown")
     assert (folder / "report.csv").read_text() == report.compare(runs, "csv")
     with Image.open(runs[0] / "distilled.png") as own, Image.open(folder / "distilled.png") as both:
@@ -48,6 +50,31 @@ def test_one_run_alone(runs: list[Path]) -> None:
     report.write(runs[0], runs[:1])
     assert {"report.md", "report.csv", "distilled.png"} < {path.name for path in runs[0].iterdir()}
     assert "pgd20@8" in report.compare(runs[:1])
+
+
+def test_tensorboard_shows_the_report_once(runs: list[Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = runs[0].parent
+    report.write(folder, runs)
+    assert not (folder / "tensorboard").exists(), "no run has events of its own"
+    (runs[0] / "tensorboard").mkdir()
+    assert report.show_report(folder, runs)
+    shown = folder / "tensorboard" / "report"
+    before = {path: path.stat().st_mtime_ns for path in shown.iterdir()}
+    assert not report.show_report(folder, runs)
+    assert {path: path.stat().st_mtime_ns for path in shown.iterdir()} == before
+    results = json.loads((runs[0] / "results.json").read_text())
+    results["students"][0]["attacks"].append({**results["students"][0]["attacks"][0], "epsilon": 16.0})
+    write_json(runs[0] / "results.json", results)
+    assert report.show_report(folder, runs)
+    events = EventAccumulator(str(shown)).Reload()
+    assert events.Tags()["images"] == ["report/accuracy-0-pgd20-Linf"]
+    assert len(events.Images("report/accuracy-0-pgd20-Linf")) == 1
+    assert [len(list(shown.glob("*tfevents*"))), len(events.Tensors("report/table/text_summary"))] == [1, 1]
+    table = events.Tensors("report/table/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert table == report.compare(runs, "markdown")
+    assert [path.name for path in shown.parent.iterdir()] == ["report"]
 
 
 def test_a_table_needs_no_torch(runs: list[Path]) -> None:

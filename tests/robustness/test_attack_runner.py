@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distill.data.batch import Batch
 from distill.errors import DataError, GuardError, NonFiniteError
 from distill.robustness import attack_accuracy
-from distill.robustness.attacks import PlannedAttack, library
+from distill.robustness.attacks import TOGETHER, PlannedAttack, library, parameters
 from distill.robustness.runner import run_attack, top_accuracy
 from distill.robustness.suite import plan, shipped_suite
 
@@ -35,32 +35,77 @@ def test_accuracy_falls_with_the_radius(network: nn.Module, batch: Batch) -> Non
         assert attack.as_json()["clean"] == report.clean.as_json()["top1"]
 
 
-def test_outcomes_do_not_depend_on_the_loader(network: nn.Module, batch: Batch) -> None:
+def test_outcomes_depend_neither_on_the_loader_nor_on_the_batch(network: nn.Module, batch: Batch) -> None:
+    batch = Batch(batch.images[:70], batch.labels[:70], batch.indices[:70])
     shuffled = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
     loaders = [
         [batch],
         [Batch(*part) for part in zip(*(t.split(7) for t in (batch.images, batch.labels, batch.indices)), strict=True)],
         [Batch(batch.images[shuffled], batch.labels[shuffled], batch.indices[shuffled])],
     ]
-    suite = {"pgd": PGD, "apgd": {"attack": "APGD", "steps": 3}}
+    suite = {
+        "pgd": PGD,
+        "apgd": {"attack": "APGD", "steps": 3},
+        "random": {**PGD, "target": "random"},
+        "cw": {"attack": "CW", "repaired": True, "within_radius": True, "steps": 20, "c": 5},
+    }
     first, *others = (
-        attack_accuracy(network, loader, suite, epsilon=[12], batch_size=50, quiet=True) for loader in loaders
+        attack_accuracy(network, loader, suite, epsilon=[12], batch_size=size, forward_batch=8, quiet=True)
+        for loader, size in zip(loaders, (64, 7, 1), strict=True)
     )
     assert first.clean.indices.tolist() == batch.indices.tolist()
-    assert 0 < first.attacks[0].robust.sum() < len(batch)
+    assert all(0 < each.robust.sum() < len(batch) for each in first.attacks)
     for other in others:
         assert torch.equal(other.clean.correct, first.clean.correct)
         for mine, theirs in zip(first.attacks, other.attacks, strict=True):
+            assert mine.as_json() == theirs.as_json(), "the effort too"
             assert torch.equal(mine.robust, theirs.robust)
+
+
+@pytest.mark.parametrize("name", sorted(TOGETHER))
+def test_classes_that_are_run_together_do_not_mix_their_images(network: nn.Module, batch: Batch, name: str) -> None:
+    entry: dict[str, object] = {"attack": name}
+    if name == "RepairedCW":
+        entry = {"attack": "CW", "repaired": True, "within_radius": True, "c": 5}
+    known = parameters(name)
+    entry |= {key: number for key, number in (("steps", 3), ("n_queries", 60), ("N", 2), ("m", 2)) if key in known}
+    if name == "FAB":
+        entry["multi_targeted"] = True
+    if name == "PGDL2":
+        entry |= {"eps": 1.0, "alpha_ratio": 0.25}
+    few = Batch(batch.images[:21], batch.labels[:21], batch.indices[:21])
+    first, second, third = (
+        attack_accuracy(network, [few], {"a": entry}, epsilon=[24], batch_size=size, forward_batch=4, quiet=True)
+        for size in (16, 5, 1)
+    )
+    assert torch.equal(first.attacks[0].robust, second.attacks[0].robust)
+    assert torch.equal(first.attacks[0].robust, third.attacks[0].robust)
+    assert first.attacks[0].as_json() == second.attacks[0].as_json() == third.attacks[0].as_json()
+
+
+def test_a_class_that_mixes_its_images_gets_one_at_a_time(network: nn.Module, batch: Batch) -> None:
+    assert "DeepFool" not in TOGETHER
+    few = Batch(batch.images[:6], batch.labels[:6], batch.indices[:6])
+    suite = {"deepfool": {"attack": "DeepFool", "steps": 20}, "onepixel": {"attack": "OnePixel", "steps": 2}}
+    one, two = (attack_accuracy(network, [few], suite, batch_size=size, quiet=True) for size in (1, 6))
+    for mine, theirs in zip(one.attacks, two.attacks, strict=True):
+        assert mine.as_json() == theirs.as_json()
+    assert one.attacks[0].accuracy < 1
+
+
+def test_an_outcome_belongs_to_the_image_wherever_it_stands(network: nn.Module, batch: Batch) -> None:
+    some = Batch(batch.images[40:60], batch.labels[40:60], batch.indices[40:60])
+    suite = {"pgd": PGD, "square": {"attack": "Square", "n_queries": 50}}
+    whole, part = (attack_accuracy(network, [each], suite, epsilon=[14], quiet=True) for each in (batch, some))
+    for mine, theirs in zip(whole.attacks, part.attacks, strict=True):
+        assert torch.equal(mine.robust[40:60], theirs.robust)
 
 
 def test_one_attack_alone_is_the_same_as_in_its_suite(network: nn.Module, batch: Batch) -> None:
     suite = {"square": {"attack": "Square", "n_queries": 20}, "pgd": PGD}
     report = attack_accuracy(network, [batch], suite, epsilon=[8, 16], batch_size=50, quiet=True)
     alone = plan(suite, [8, 16])[3]
-    again = run_attack(
-        *(network, batch.images, batch.labels, report.clean.correct, alone), num_classes=10, batch_size=50, quiet=True
-    )
+    again = run_attack(network, batch, report.clean.correct, alone, num_classes=10, quiet=True)
     assert (alone.label, report.attacks[3].as_json()) == ("pgd@16", again.as_json())
     assert torch.equal(again.robust, report.attacks[3].robust)
 
@@ -104,16 +149,59 @@ def test_an_image_that_is_wrong_when_clean_is_never_attacked(network: nn.Module,
     labels[::3] = (labels[::3] + 1) % 10
     watching = _Watching(network)
     suite = {"pgd": {**PGD, "random_start": False}}
-    report = attack_accuracy(
-        watching, [Batch(batch.images, labels, batch.indices)], suite, epsilon=[2], batch_size=32, quiet=True
-    )
+    wrong = Batch(batch.images, labels, batch.indices)
+    report = attack_accuracy(watching, [wrong], suite, epsilon=[2], batch_size=32, forward_batch=8, quiet=True)
     right = report.clean.correct
     assert not right[::3].any()
-    shown = torch.cat(watching.shown)
-    assert len(shown) == 5 * int(right.sum())
-    nearest = torch.cdist(shown.flatten(1), (batch.images / 255).flatten(1)).argmin(1)
+    nearest = torch.cdist(torch.cat(watching.shown).flatten(1), (batch.images / 255).flatten(1)).argmin(1)
     assert set(nearest.tolist()) == set(right.nonzero().flatten().tolist())
     assert not report.attacks[0].robust[~right].any()
+
+
+def test_an_image_is_dropped_as_soon_as_it_is_broken(network: nn.Module, batch: Batch) -> None:
+    """From the outcomes of ever longer attacks it is known after which step each image is broken."""
+    plain = {**PGD, "random_start": False}
+    runs = [
+        attack_accuracy(
+            network, [batch], {"pgd": {**plain, "alpha_ratio": 0.1, "steps": steps}}, epsilon=[24], quiet=True
+        )
+        for steps in range(1, 9)
+    ]
+    right = int(runs[0].clean.correct.sum())
+    left = [right, *(int(run.attacks[0].robust.sum()) for run in runs)]
+    assert left == sorted(left, reverse=True)
+    assert 0 < left[-1] < left[1]
+    # The clean images and what the first step makes of them are asked about for all. What breaks is noticed in a step's
+    # own pass, so that the next has fewer; the last images are asked about once more, without a gradient.
+    backward = right + sum(left[:7])
+    result = runs[-1].attacks[0]
+    assert (result.forward, result.backward) == (backward + left[7], backward)
+    assert result.as_json()["effort"] == {"forward": (backward + left[7]) / right, "backward": backward / right}
+
+
+def test_an_ensemble_drops_what_an_earlier_part_broke(network: nn.Module, batch: Batch) -> None:
+    parts = {"apgd": {"attack": "APGD", "steps": 5}, "square": {"attack": "Square", "n_queries": 30}}
+    alone = attack_accuracy(network, [batch], parts, epsilon=[24], quiet=True).attacks
+    suite = {"aa": {"attack": "AutoAttack", "steps": 5, "n_queries": 30, "n_classes": 4}}
+    (whole,) = attack_accuracy(network, [batch], suite, epsilon=[24], quiet=True).attacks
+    assert 0 < whole.accuracy <= alone[0].accuracy < 0.9
+    # One pass and one more for each step and image, of APGD, three targets of APGDT and of FAB, and Square's queries.
+    survivors = int(alone[0].robust.sum())
+    assert whole.forward < alone[0].forward + survivors * (3 * 8 + 3 * 12 + 32)
+
+
+def test_another_model_as_the_source(network: nn.Module, batch: Batch) -> None:
+    """Images made for another network; the victim is asked once for each."""
+    (plan_one,) = plan({"transfer": {**PGD, "source": "teacher"}}, [24])
+    torch.manual_seed(3)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    right = top_accuracy(network, [batch], quiet=True).correct
+    known = (network, batch, right, plan_one)
+    own = run_attack(*known, num_classes=10, source=network, quiet=True)
+    foreign = run_attack(*known, num_classes=10, source=other, quiet=True)
+    assert own.accuracy < foreign.accuracy
+    assert foreign.forward == int(right.sum()) * (PGD["steps"] + 1)  # type: ignore[operator]
+    assert foreign.specification["source"] == "teacher"
 
 
 def test_the_paper_suite_runs_and_is_written_down(network: nn.Module, batch: Batch) -> None:
@@ -127,9 +215,8 @@ def test_the_paper_suite_runs_and_is_written_down(network: nn.Module, batch: Bat
     assert by_name["autoattack"]["accuracy"] <= by_name["pgd100"]["accuracy"] < 0.5
     for attack in written["attacks"]:
         specification = attack["specification"]
-        assert (specification["library"], specification["seed"], specification["batch_size"]) == (
-            *("torchattacks 3.5.1", 0, 4),
-        )
+        assert (specification["library"], specification["seed"]) == ("torchattacks 3.5.1", 0)
+        assert attack["effort"]["forward"] > 0
         assert attack["count"] == 5
     assert written["clean"] == {"top1": 1.0, "top5": 1.0, "count": 5}
     assert 0 <= written["rr"] <= 1
@@ -161,7 +248,7 @@ def test_broken_attacks_and_networks_are_errors(
     planned = PlannedAttack("pgd", "PGD", 1.0, {})
 
     def run() -> None:
-        run_attack(network, batch.images, batch.labels, right, planned, num_classes=10, quiet=True)
+        run_attack(network, batch, right, planned, num_classes=10, quiet=True)
 
     pgd = library()["PGD"]
     for change, error, message in (

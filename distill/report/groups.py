@@ -1,0 +1,118 @@
+"""Runs that differ in nothing but their seed belong together: one row, with a spread over them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import ArtifactError
+from distill.report.runs import Run
+
+CONFIG = "config.yaml"
+SEEDS = ("seed", "evaluate.seeds")
+SOURCES = ("squeeze.weights", "recover.images", "recover.images_set")
+"""Paths of what comes from outside: other files, another run."""
+SAME = ("method", "regularizer", "dataset", "ipc", "split")
+"""What ``results.json`` says of a run and what repetitions of it share."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One run, or repetitions of one with other seeds.
+
+    Attributes:
+        name: the last part of the runs' name, or the whole name where that one is taken.
+        runs: at least one, in the order given.
+    """
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def title(self) -> str:
+        """``guard``, or ``guard (3 runs)``."""
+        return f"{self.name} ({len(self.runs)} runs)" if len(self.runs) > 1 else self.name
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Put repetitions together: same last part of the name, same configuration but for seeds, places and speed.
+
+    Runs of equal pipeline seeds are no repetitions and stay by themselves.
+
+    Returns:
+        Groups in the order of their first run; names are unique unless two runs have the same whole name.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(json.dumps([run.label, _identity(run)], sort_keys=True, default=str), []).append(run)
+    parts: list[list[Run]] = []
+    for members in alike.values():
+        seeds = {run.results.get("seed") for run in members}
+        parts += [members] if len(seeds) == len(members) else [[run] for run in members]
+    parts.sort(key=lambda members: runs.index(members[0]))
+    labels = [members[0].label for members in parts]
+    return [
+        Group(label if labels.count(label) == 1 else str(members[0].results["name"]), members)
+        for label, members in zip(labels, parts, strict=True)
+    ]
+
+
+def each_alone(runs: Sequence[Run]) -> list[Group]:
+    """Every run as a group of its own, under a name that tells it from the others."""
+    labels = [run.label for run in runs]
+    unique = len(set(labels)) == len(labels)
+    return [Group(run.label if unique else str(run.results["name"]), [run]) for run in runs]
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """The options of a run by their full key, from ``config.yaml``; empty where there is none.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        return dict(_parsed(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {' '.join(str(error).split())}.") from error
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(text: str) -> dict[str, Any]:
+    """The options in a YAML text by their full key; it is read for several tables of a page. Raises ValueError."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no options")
+    return dict(_flat(tree))
+
+
+def _identity(run: Run) -> list[Any]:
+    from distill.compose import options
+
+    harmless = {key for key, _, field in options() if not field.metadata["result"]} - {*SOURCES}
+    # The regulariser's own options are many levels deep, and the names of attacks are free: what is unknown counts.
+    kept = {
+        key: value
+        for key, value in read_options(run.path).items()
+        if key not in harmless and key not in SEEDS and key.split(".")[0] not in {*harmless, "arms", "published"}
+    }
+    return [{key: run.results.get(key) for key in SAME}, kept]
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{above}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
+    return found
