@@ -23,7 +23,15 @@ OPTIONAL = {
     "torchattacks": ["distill/robustness/attacks.py"],
 }
 LEVELS = [
-    ["distill", "distill.errors", "distill.config", "distill.limits", "distill.compose"],
+    [
+        "distill",
+        "distill.errors",
+        "distill.option",
+        "distill.config_machine",
+        "distill.config",
+        "distill.limits",
+        "distill.compose",
+    ],
     ["distill.progress", "distill.randomness", "distill.files", "distill.provenance"],
     ["distill.run_folder", "distill.sharing"],
     ["distill.regularizers", "distill.losses", "distill.models", "distill.data"],

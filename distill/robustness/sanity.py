@@ -21,7 +21,7 @@ from distill.robustness.metrics import attack_label
 PREFIX = "sanity_"
 SLACK = 0.02
 """Share of the images by which a comparison may fail without being called suspicious."""
-QUERIES = 500
+QUERIES = 200
 FAR = {"Linf": 128.0, "L2": 32.0}
 """Radii at which every image can be made to look like another: half the pixel range, and a length beyond any margin."""
 
