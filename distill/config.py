@@ -334,7 +334,7 @@ class AttacksConfig:
         above=0,
     )
     max_images: int = option(0, "attack this many of the test images (seeded, per class); 0: all", low=0)
-    batch_size: int = option(128, "images attacked together; outcomes do not depend on it", low=1, result=False)
+    batch_size: int = option(256, "images attacked together; outcomes do not depend on it", low=1, result=False)
     forward_batch: int = option(
         32,
         "images in every forward pass of the attacked network; fewer are filled up, so that an outcome does not depend "

@@ -33,7 +33,7 @@ def attack_accuracy(
     norm: str = "Linf",
     num_classes: int | None = None,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 256,
     forward_batch: int = 32,
     quiet: bool = False,
 ) -> AttackReport:
@@ -125,7 +125,7 @@ def run_attack(
     *,
     num_classes: int,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 256,
     forward_batch: int = 32,
     source: nn.Module | None = None,
     quiet: bool = False,
