@@ -28,6 +28,7 @@ SMALL = [
     "evaluate.batch_size=10",
     "attacks.epsilon=[4,16]",
     "attacks.max_images=100",
+    "attacks.sanity_images=4",
     "monitor.checkpoint_minutes=0.002",
     "monitor.every=10",
 ]

@@ -43,7 +43,8 @@ def sentence(done: subprocess.CompletedProcess[str], code: int) -> str:
     [
         ("recover.itertions=3", ["Unknown key recover.itertions", "recover.iterations"]),
         ("recover.iterations=many", ["recover.iterations", "'many'", "Integer"]),
-        ("recover.iterations=0", ["recover.iterations=0", "at least 1"]),
+        ("recover.iterations=0", ["recover.iterations=0", "recover.start=random_patches"]),
+        ("recover.iterations=-1", ["recover.iterations=-1", "at least 0"]),
         ("regularizer=curvatur", ["regularizer=curvatur", "curvature, curvature_norm"]),
         ("teacher.network=convnet", ["teacher.network=convnet", "ResNet"]),
         ("evaluate.schedule=step", ["evaluate.step_epochs"]),

@@ -17,7 +17,7 @@ MOMENTS = {
     "recover": "distilled/unit_00000.safetensors",
     "relabel": "labels/epoch_0003.safetensors",
     "student": "student/.checkpoint-seed0-*",
-    "evaluate": "outcomes/teacher.pgd20@4.safetensors",
+    "evaluate": "outcomes/teacher.pgd20@4.0000.safetensors",
 }
 """Stage → what is there while it is under way."""
 
