@@ -173,8 +173,11 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, held: str = "") -> Iterator[None]:
     """Hold a run folder; a record lock, which is not inherited by worker processes and ends with this process.
+
+    Args:
+        held: what to say when another process holds it.
 
     Raises:
         ArtifactError: when another process holds it.
@@ -184,7 +187,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ArtifactError(f"Another process is working on {folder}; wait for it, or stop it.") from error
+            held = held or f"Another process is working on {folder}; wait for it, or stop it."
+            raise ArtifactError(held) from error
         except OSError as error:
             # A file system without locks: nothing can be said about other processes.
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):

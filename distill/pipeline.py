@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from distill.config import Config
 from distill.data.catalogue import PreparedSet
 from distill.files import digest, locked, write_atomic
-from distill.graph import STAGES, Stage, artifact_of, other_teachers, stores_labels
+from distill.graph import STAGES, Stage, artifact_of, beside, other_teachers, stores_labels
 from distill.preflight import preflight
 from distill.provenance import Provenance
-from distill.run_folder import RESULTS, Artifact
+from distill.run_folder import Artifact
 from distill.sharing import Sharing, Worker, units_left
 from distill.training.monitor import LateMonitor, open_monitor
 from distill.training.preemption import preemptible
@@ -30,6 +30,12 @@ LEAVING = ("recover", "relabel")
 def run_folder(config: Config) -> Path:
     """``run_root/name``."""
     return Path(config.run_root) / config.name
+
+
+def experiment_folder(config: Config) -> Path:
+    """What the arms and controls of an experiment lie in; without them the run's own folder."""
+    folder = run_folder(config)
+    return folder.parent if config.arms or config.controls else folder
 
 
 def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Config], object] | None = None) -> None:
@@ -87,8 +93,8 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
             _say(group, config, stage, "not needed")
             continue
         artifact, shared = artifact_of(stage, config, folder, prepared), stage.shared(config)
-        beside = [folder / RESULTS] if stage.makes == "outcomes" else []
-        complete = artifact.complete and all(path.is_file() for path in beside)
+        files = beside(stage, folder)
+        complete = artifact.complete and all(path.is_file() for path in files)
         if not shared:
             # Ranks that work together go in together; workers on what is shared come and go as they like.
             complete = group.tell(complete)
@@ -97,7 +103,7 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
                 artifact.sweep()
         elif not shared:
             _work(stage, artifact, config, folder, prepared, group)
-        elif not _share(stage, artifact, config, folder, prepared, group, wait=command not in LEAVING, beside=beside):
+        elif not _share(stage, artifact, config, folder, prepared, group, wait=command not in LEAVING, beside=files):
             left.append((stage, artifact))
             continue
         _say(group, config, stage, "complete")
