@@ -5,7 +5,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXPORT = ["pyarrow>=15"]
-SLURM = ["submitit>=1.5"]
 TEST = ["pytest>=8", "pytest-timeout", "pytest-xdist", "selenium>=4.20", "setuptools>=77", "datasets>=3", *EXPORT]
 
 setup(
@@ -43,7 +42,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.50"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "deepspeed": ["deepspeed>=0.19"],
-        "slurm": SLURM,
+        "slurm": ["submitit>=1.5"],
         # Parquet, as Hugging Face's datasets reads it.
         "export": EXPORT,
         "test": TEST,
