@@ -135,7 +135,9 @@ def _told() -> Iterator[list[int]]:
 def _environment(code: Path, threads: int) -> Iterator[None]:
     """The variables of a job's processes, which inherit them."""
     paths = [str(code.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    wanted = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)}
+    wanted = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    # The present folder must not come before the copy of the code, as it does for python -m.
+    wanted |= {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

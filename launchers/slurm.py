@@ -66,7 +66,7 @@ def _parameters(job: Job, launch: Launch, cluster: ClusterConfig, dependency: st
         "srun_args": _srun_arguments(cluster),
         "additional_parameters": more,
     }
-    return {name: value for name, value in parameters.items() if value is not None}
+    return {"wckey": None, **{name: value for name, value in parameters.items() if value is not None}}
 
 
 def _setup(job: Job, launch: Launch, cluster: ClusterConfig) -> list[str]:
@@ -74,7 +74,9 @@ def _setup(job: Job, launch: Launch, cluster: ClusterConfig) -> list[str]:
     number = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     return [
         *cluster.setup,
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUNBUFFERED=1",
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        # The folder in which it was submitted must not come first, as it does for python -m.
+        "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
         # Since Slurm 22.05 srun does not take this over from the job by itself.
         f"export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS={job.resources.cpus}",
         f"guard_attempts={shlex.quote(str(logs))}/{number}_{ATTEMPTS}",

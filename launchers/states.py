@@ -12,8 +12,8 @@ from distill.files import listed
 from distill.sharing.status import duration
 from launchers.ledger import ATTEMPTS, Entry, Launch
 
-ERRORS = ("guard: ", "error: ", "Error", "Killed", "CANCELLED", "oom")
-"""What a line holds that says why something has failed."""
+ERRORS = ("guard: ", "Error", "oom", "Killed", "CANCELLED", "error: ")
+"""What a line holds that says why something has failed; what comes first says it best."""
 TAIL = 16384
 
 
@@ -152,7 +152,8 @@ def tail(path: Path, lines: int) -> list[str]:
 def _last_error(launch: Launch, entry: Entry, task: Task) -> str:
     """The last line that says why a job has failed, with its log."""
     for path in reversed([path for path in log_files(launch, entry) if path.name.startswith(f"{task.id}_")]):
-        found = [line for line in tail(path, 60) if any(mark in line for mark in ERRORS)]
-        if found:
-            return f": {found[-1]} ({path})"
+        lines = tail(path, 60)
+        for mark in ERRORS:
+            if found := [line for line in lines if mark in line]:
+                return f": {found[-1]} ({path})"
     return ""
