@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from distill import __version__
 from distill.compose import compose, group_choices, names_of, options
 from distill.config import Config
+from distill.environment import speaks
 from distill.errors import ConfigError, Preempted, exit_code, sentence
 from distill.training.preemption import preemptible
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with preemptible(last=arguments is None):
             return _dispatch(parsed)
     except Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print(f"guard: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
@@ -136,10 +137,10 @@ def _dispatch(parsed: argparse.Namespace) -> int:
 
         check_place(configs[0])
         for told in share_teachers(configs):
-            if parsed.command in ("run", "squeeze") and os.environ.get("RANK", "0") == "0":
+            if parsed.command in ("run", "squeeze") and speaks():
                 print(f"guard: {told}", file=sys.stderr)
     pipeline.run(configs, parsed.command, prepare)
-    if os.environ.get("RANK", "0") == "0" and parsed.command in ("run", "recover", "evaluate"):
+    if speaks() and parsed.command in ("run", "recover", "evaluate"):
         _report(configs, parsed.command)
     return 0
 
