@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 import time
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from distill import __version__
 from distill.compose import compose, group_choices, names_of, options
 from distill.config import Config
+from distill.environment import speaks
 from distill.errors import ConfigError
 from distill.told import told
 
@@ -121,7 +121,7 @@ def _dispatch(parsed: argparse.Namespace) -> int:
 
         check_place(configs[0])
         for told in share_teachers(configs):
-            if parsed.command in ("run", "squeeze", "launch") and os.environ.get("RANK", "0") == "0":
+            if parsed.command in ("run", "squeeze", "launch") and speaks():
                 print(f"guard: {told}", file=sys.stderr)
     if parsed.command == "launch":
         from launchers.launch import launch
@@ -130,7 +130,7 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         launch(configs, ["guard", "launch", *options, *parsed.overrides], dry_run=parsed.dry_run)
         return 0
     pipeline.run(configs, parsed.command, prepare)
-    if os.environ.get("RANK", "0") == "0" and parsed.command in ("run", "recover", "evaluate"):
+    if speaks() and parsed.command in ("run", "recover", "evaluate"):
         _report(configs, parsed.command)
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 
 from distill.config import Config
 from distill.data.catalogue import PreparedSet
+from distill.environment import detect
 from distill.files import digest, locked, write_atomic
 from distill.graph import STAGES, Stage, artifact_of, beside, other_teachers, stores_labels
 from distill.preflight import preflight
@@ -54,7 +54,7 @@ def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Conf
 
 
 def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], object] | None) -> None:
-    first, rank = configs[0], int(os.environ.get("RANK", "0"))
+    first, rank = configs[0], detect().rank
     for config in configs:
         preflight(config, command)
     if prepare is not None and rank == 0:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from distill.environment import detect
 from distill.files import read_json, write_json
 
 SNAPSHOT = "snapshot.json"
@@ -60,7 +61,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "world_size": detect().world_size,
     }
     if snapshot := _snapshot():
         facts["snapshot"] = snapshot["sha256"]

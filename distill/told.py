@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+from distill.environment import speaks
 from distill.errors import Preempted, exit_code, sentence
 from distill.training.preemption import preemptible
 
@@ -39,9 +40,9 @@ def told(work: Callable[[], int], *, debug: bool = False, last: bool = False) ->
         with preemptible(last=last):
             return Ended(work())
     except Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             print(f"guard: {stopped}", file=sys.stderr)
-        return Ended(stopped.exit_code, getattr(stopped, "signal", None))
+        return Ended(stopped.exit_code, stopped.signal)
     except KeyboardInterrupt:
         print("guard: interrupted; the same command continues where it stopped.", file=sys.stderr)
         return Ended(1)

@@ -18,6 +18,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 from submitit.helpers import TorchDistributedEnvironment
 
 from distill.config import Config
+from distill.environment import detect
 from distill.errors import Preempted
 from launchers.graph import PREPARE, REPORT
 from launchers.snapshot import check_code
@@ -97,7 +98,7 @@ class StageJob:
 
     def _hand_on(self) -> None:
         """Let submitit's own handler requeue the job: everything is saved, and its handler is in place again."""
-        if int(os.environ.get("RANK", "0")):
+        if detect().rank:
             # Leaving with a failure would make srun end rank 0 before it has asked Slurm to requeue the job.
             sys.exit(0)
         try:

@@ -26,6 +26,7 @@ LEVELS = [
     [
         "distill",
         "distill.errors",
+        "distill.environment",
         "distill.option",
         "distill.config_machine",
         "distill.config_cluster",
