@@ -38,22 +38,28 @@ def experiment_folder(config: Config) -> Path:
     return folder.parent if config.arms or config.controls else folder
 
 
-def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Config], object] | None = None) -> None:
+def run(
+    configs: Sequence[Config],
+    command: str = "run",
+    prepare: Callable[[Config], object] | None = None,
+    patience: float = 0.0,
+) -> None:
     """Run one stage, or all, of each configuration; what is complete is left alone.
 
     Args:
         command: ``run``, or the command of a stage.
         prepare: called on rank 0 when the options have been checked, once for each data set.
+        patience: how long to wait for another process that trains in the same run, in seconds.
 
     Raises:
         GuardError: one sentence; what is finished is kept.
         Preempted: after SIGTERM, SIGUSR1 or SIGUSR2; the same call continues.
     """
     with preemptible():
-        _run(configs, command, prepare)
+        _run(configs, command, prepare, patience)
 
 
-def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], object] | None) -> None:
+def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], object] | None, patience: float) -> None:
     first, rank = configs[0], detect().rank
     for config in configs:
         preflight(config, command)
@@ -62,7 +68,7 @@ def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], ob
         for config in {(str(each.dataset), str(each.format)): each for each in configs}.values():
             prepare(config)
     with processes(first.device, first.threads) as group:
-        left = [(config, *each) for config in configs for each in _run_one(config, command, group)]
+        left = [(config, *each) for config in configs for each in _run_one(config, command, group, patience)]
         if command in LEAVING:
             # Only now does a rank wait for the others, which may be at work on their last units.
             group.barrier()
@@ -70,7 +76,7 @@ def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], ob
             _say(group, config, stage, "complete" if artifact.complete else units_left(run_folder(config), artifact))
 
 
-def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage, Artifact]]:
+def _run_one(config: Config, command: str, group: Processes, patience: float) -> list[tuple[Stage, Artifact]]:
     """Returns the shared artifacts that are not complete because others are at work on what is left of them."""
     left: list[tuple[Stage, Artifact]] = []
     folder = run_folder(config)
@@ -102,7 +108,7 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
             if group.main:
                 artifact.sweep()
         elif not shared:
-            _work(stage, artifact, config, folder, prepared, group)
+            _work(stage, artifact, config, folder, prepared, group, patience)
         elif not _share(stage, artifact, config, folder, prepared, group, wait=command not in LEAVING, beside=files):
             left.append((stage, artifact))
             continue
@@ -111,7 +117,13 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
 
 
 def _work(
-    stage: Stage, artifact: Artifact, config: Config, folder: Path, prepared: PreparedSet, group: Processes
+    stage: Stage,
+    artifact: Artifact,
+    config: Config,
+    folder: Path,
+    prepared: PreparedSet,
+    group: Processes,
+    patience: float,
 ) -> None:
     # torch and everything that a stage needs are loaded when the stage starts.
     module = importlib.import_module(f"distill.stages.{stage.module}")
@@ -125,10 +137,14 @@ def _work(
             monitor.close()
 
     if not group.main:
-        group.barrier()
-        work()
+        if not group.tell(False):
+            group.barrier()
+            work()
         return
-    with locked(folder):
+    with locked(folder, patience=patience):
+        # The process that was waited for may have finished it.
+        if group.tell(artifact.complete):
+            return
         _write_config(config, folder)
         artifact.begin()
         group.barrier()

@@ -24,6 +24,8 @@ from launchers.graph import PREPARE, REPORT
 from launchers.snapshot import check_code
 
 STOPPED_TOO_OFTEN = 77
+PATIENCE = 900.0
+"""Seconds that a job waits for a process that still trains in its run: one of a node that Slurm has lost sight of."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -85,7 +87,7 @@ class StageJob:
         else:
             from distill import pipeline
 
-            pipeline.run(self.configs, self.stage)
+            pipeline.run(self.configs, self.stage, patience=PATIENCE)
         return 0
 
     def _report(self) -> None:
