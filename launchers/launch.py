@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from launchers import snapshot
 from launchers.graph import Job, build_graph, prepared
 from launchers.job import StageJob
 from launchers.ledger import CODE, FOLDER, Entry, Launch, latest_launch, new_folder, now, submitting
+
+FEW = 8
+"""Images of a rank below which its batch-norm statistics are poor."""
 
 
 def launch(configs: Sequence[Config], command: Sequence[str], *, dry_run: bool = False) -> None:
@@ -34,6 +38,7 @@ def launch(configs: Sequence[Config], command: Sequence[str], *, dry_run: bool =
     for config in configs:
         preflight(config, "run")
         check_batches(config, cluster.squeeze.nodes * cluster.squeeze.tasks)
+    _warn(configs[0])
     _check_sources(configs)
     if dry_run:
         print(_plan(build_graph(configs), _record(configs, command, place / FOLDER / "NEXT")))
@@ -61,6 +66,19 @@ def launch(configs: Sequence[Config], command: Sequence[str], *, dry_run: bool =
     from launchers.local import run_graph
 
     run_graph(jobs, works, record)
+
+
+def _warn(config: Config) -> None:
+    """Say on stderr what is allowed and hardly meant."""
+    squeeze = config.cluster.squeeze
+    ranks = squeeze.nodes * squeeze.tasks
+    if ranks > 1 and config.squeeze.batch_size < FEW * ranks and config.squeeze.batchnorm == "local":
+        print(
+            f"guard: squeeze.batch_size={config.squeeze.batch_size} over {ranks} ranks leaves each "
+            f"{config.squeeze.batch_size // ranks}, and batch norm takes the statistics of a rank's images; use a "
+            f"larger batch, fewer ranks (cluster.squeeze.nodes, cluster.squeeze.tasks), or squeeze.batchnorm=sync.",
+            file=sys.stderr,
+        )
 
 
 def _check_sources(configs: Sequence[Config]) -> None:
