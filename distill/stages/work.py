@@ -13,7 +13,7 @@ from distill.progress import Progress
 from distill.run_folder import Artifact
 from distill.sharing import Make, Sharing
 from distill.training.checkpoint import Checkpoint
-from distill.training.monitor import NullMonitor
+from distill.training.monitor import Monitor, NullMonitor
 from distill.training.processes import Processes
 
 if TYPE_CHECKING:
@@ -69,9 +69,13 @@ class Work:
 
         self.sharing.work(units, make_and_note, finish, description, step, steps, quiet)
 
-    def checkpoint(self, label: str = "", processes: Processes | None = None) -> Checkpoint:
-        """The checkpoints of a training of this stage."""
-        monitor = self.config.monitor
-        return Checkpoint(
-            self.folder, processes or self.processes, label, monitor.checkpoint_minutes, monitor.keep_checkpoints
-        )
+    def checkpoint(self, label: str = "", processes: Processes | None = None, result: Path | None = None) -> Checkpoint:
+        """The checkpoints of a training of this stage; see ``Checkpoint``."""
+        minutes, keep = self.config.monitor.checkpoint_minutes, self.config.monitor.keep_checkpoints
+        return Checkpoint(self.folder, processes or self.processes, label, minutes, keep, result)
+
+    def series(self, name: str) -> NullMonitor:
+        """Where the numbers of one unit of a shared stage go that is told of while it is made."""
+        assert self.sharing is not None, "the stage is listed as shared"
+        tensorboard = self.config.monitor.tensorboard
+        return Monitor(self.run, self.artifact.kind, tensorboard, series=name, writer=self.sharing.worker.id)

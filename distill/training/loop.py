@@ -23,7 +23,6 @@ def train(
     monitor: NullMonitor,
     *,
     description: str,
-    series: str = "",
     every: int = 20,
 ) -> None:
     """Train to the end, from the latest checkpoint if there is one.
@@ -34,15 +33,16 @@ def train(
         engine: prepared with a task.
         loader: gives the batches of one epoch.
         description: name on the progress bar.
-        series: leads the names of the recorded numbers.
         every: steps between two records.
 
     Raises:
         Preempted: after a signal, on all ranks.
+        Overtaken: another worker has made the checkpoint's result.
     """
     processes = checkpoint.processes
     with deferred() as told:
         checkpoint.restore(engine, loader)
+        monitor.resumed(engine.step_count)
         first = int(loader.state_dict()["epoch"])
         total = epochs * len(loader)
         with Progress(total, description, "step", done=engine.step_count, quiet=not processes.main) as progress:
@@ -59,7 +59,7 @@ def train(
                     terms = engine.step(batch)
                     if engine.step_count % every == 0 or engine.step_count == total:
                         values = health.record(terms, rate)
-                        monitor.scalars(engine.step_count, values, series)
+                        monitor.scalars(engine.step_count, values)
                         progress.update(0, **short(values))
                     progress.update()
                     stop, due = answer()
@@ -67,5 +67,7 @@ def train(
                         checkpoint.save(engine, loader)
                     if stop:
                         raise Preempted
+                    if due:
+                        checkpoint.check_wanted()
                     asked = time.monotonic()
         checkpoint.save(engine, loader)
