@@ -15,6 +15,7 @@ from distill.sharing import Make, Sharing
 from distill.training.checkpoint import Checkpoint
 from distill.training.monitor import Monitor, NullMonitor
 from distill.training.processes import Processes
+from distill.training.worker_events import show_workers
 
 if TYPE_CHECKING:
     from distill.data.catalogue import PreparedSet
@@ -60,14 +61,19 @@ class Work:
     ) -> None:
         """Make those units of a shared stage that no other worker makes; see ``Sharing.work``."""
         assert self.sharing is not None, "the stage is listed as shared"
-        record = self.sharing.worker.record
+        record, tensorboard = self.sharing.worker.record, self.config.monitor.tensorboard
 
         def make_and_note(number: int, path: Path, progress: Progress) -> None:
             make(number, path, progress)
             if RUN_EAGERLY:
                 record["environment"]["not_compiled"] = dict(RUN_EAGERLY)
 
-        self.sharing.work(units, make_and_note, finish, description, step, steps, quiet)
+        def finish_and_show() -> None:
+            finish()
+            if tensorboard:
+                show_workers(self.run)
+
+        self.sharing.work(units, make_and_note, finish_and_show, description, step, steps, quiet)
 
     def checkpoint(self, label: str = "", processes: Processes | None = None, result: Path | None = None) -> Checkpoint:
         """The checkpoints of a training of this stage; see ``Checkpoint``."""

@@ -11,7 +11,7 @@ from distill.progress import Progress
 from distill.training.checkpoint import Checkpoint
 from distill.training.engine import Engine
 from distill.training.health import Health, short
-from distill.training.monitor import NullMonitor
+from distill.training.monitor import SHOWN, NullMonitor
 from distill.training.preemption import deferred
 
 
@@ -53,6 +53,8 @@ def train(
                 asked = time.monotonic()
                 for batch in loader:
                     health.count(len(batch), time.monotonic() - asked)
+                    if engine.step_count == 0:
+                        monitor.images(0, "images", batch.images[:SHOWN])
                     last = loader.state_dict()["position"] == len(loader)
                     answer = processes.agree(told(), checkpoint.due(epoch_ends=last))
                     rate = engine.learning_rate

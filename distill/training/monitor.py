@@ -20,6 +20,9 @@ from torch import Tensor
 
 from distill.run_folder import METRICS, METRICS_OF_WORKERS, TENSORBOARD, numbered
 
+SHOWN = 20
+"""So many images tell what a stage works on."""
+
 
 class NullMonitor:
     """Says nothing; for the ranks other than 0."""
