@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
-import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from omegaconf import OmegaConf
 from distill import __version__
 from distill.compose import compose, group_choices, names_of, options
 from distill.config import Config
-from distill.errors import ConfigError, Preempted, exit_code, sentence
-from distill.training.preemption import preemptible
+from distill.environment import speaks
+from distill.errors import ConfigError
+from distill.told import told
 
 COMMANDS = {
     "prepare": "import a data set, check every image, freeze the class order",
@@ -25,8 +25,11 @@ COMMANDS = {
     "recover": "optimise the distilled images",
     "relabel": "write the teacher's soft labels",
     "evaluate": "train students on the distilled set, test and attack them",
+    "launch": "submit every stage that is not complete to a cluster, as one graph of jobs",
     "report": "compare runs in one table, and write report.html",
-    "status": "how far runs are: units done, in progress and left, rate, time left, workers",
+    "status": "how far runs are: jobs, units done, in progress and left, rate, time left, workers, errors",
+    "logs": "show the ends of the logs of a run that was launched",
+    "cancel": "end the jobs of a run that was launched; what is done is kept",
     "verify": "check every file of runs against its checksum, and what was made from what",
     "spectrum": "measure the curvature of the loss of teachers and students, and the bound on the attacked loss",
     "tensorboard": "show a run in TensorBoard, while its workers go on",
@@ -51,7 +54,7 @@ which is too heavy to be loaded for the help."""
 EXPORT_QUALITY = 95
 MAIN_ARM = "main"
 """What an experiment without arms becomes when it has controls."""
-PLAIN = ("report", "status", "verify", "spectrum", "tensorboard", "export")
+PLAIN = ("report", "status", "logs", "cancel", "verify", "spectrum", "tensorboard", "export")
 """Commands that take no options of the configuration."""
 GENERAL = (
     "name",
@@ -76,40 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         76 given up because another process of the run had ended.
     """
     parsed = _parser().parse_args(arguments)
-    if not parsed.debug:
-        # A thread of TensorBoard that meets a full disk is heard of in the main thread, as one sentence.
-        threading.excepthook = _heard_elsewhere
-    try:
-        with preemptible(last=arguments is None):
-            return _dispatch(parsed)
-    except Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"guard: {stopped}", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("guard: interrupted; the same command continues where it stopped.", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if parsed.debug:
-            raise
-        print(f"guard: {sentence(error)}", file=sys.stderr)
-        return exit_code(error)
-
-
-def _heard_elsewhere(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer hands an OSError on to the main thread; any other failure of a thread is told here."""
-    if failure.exc_value is not None and not isinstance(failure.exc_value, OSError):
-        print(f"guard: in a thread: {sentence(failure.exc_value)}", file=sys.stderr)
+    return told(lambda: _dispatch(parsed), debug=parsed.debug, last=arguments is None).code
 
 
 def _dispatch(parsed: argparse.Namespace) -> int:
     if parsed.command == "report":
         return _compare(parsed.runs, parsed.format, parsed.html)
-    if parsed.command in ("status", "verify"):
-        return _inspect(parsed.command, parsed.runs)
+    if parsed.command == "status":
+        return _status(parsed.runs, parsed.watch)
+    if parsed.command == "verify":
+        return _verify(parsed.runs)
+    if parsed.command in ("logs", "cancel"):
+        from launchers import status
+
+        run = Path(parsed.run)
+        print(status.logs(run, parsed.stage, parsed.lines) if parsed.command == "logs" else status.cancel(run))
+        return 0
     if parsed.command == "spectrum":
         return _spectrum(parsed)
     if parsed.command == "tensorboard":
@@ -142,10 +127,16 @@ def _dispatch(parsed: argparse.Namespace) -> int:
 
         check_place(configs[0])
         for told in share_teachers(configs):
-            if parsed.command in ("run", "squeeze") and os.environ.get("RANK", "0") == "0":
+            if parsed.command in ("run", "squeeze", "launch") and speaks():
                 print(f"guard: {told}", file=sys.stderr)
+    if parsed.command == "launch":
+        from launchers.launch import launch
+
+        options = ["--config-dir", parsed.config_dir] if parsed.config_dir else []
+        launch(configs, ["guard", "launch", *options, *parsed.overrides], dry_run=parsed.dry_run)
+        return 0
     pipeline.run(configs, parsed.command, prepare)
-    if os.environ.get("RANK", "0") == "0" and parsed.command in ("run", "recover", "evaluate"):
+    if speaks() and parsed.command in ("run", "recover", "evaluate"):
         _report(configs, parsed.command)
     return 0
 
@@ -168,16 +159,34 @@ def _common_folder(paths: Sequence[str]) -> Path:
     return Path(paths[0]) if len(paths) == 1 else Path(paths[0]).absolute().parent
 
 
-def _inspect(command: str, paths: Sequence[str]) -> int:
+def _status(paths: Sequence[str], seconds: float | None) -> int:
+    """How far runs and their jobs are, once or again and again."""
     from distill.report.runs import run_folders
     from distill.sharing.status import describe
+    from launchers.status import describe as describe_jobs
+
+    while True:
+        texts = []
+        for path in map(Path, paths):
+            jobs = describe_jobs(path)
+            # Before the first job has begun there is no run yet.
+            runs = run_folders([path], none=bool(jobs))
+            texts += [f"{path}\n{jobs}"] if jobs and runs != [path] else []
+            texts += [f"{describe(run)}\n{jobs}" if jobs and run == path else describe(run) for run in runs]
+        if seconds is None:
+            print("\n".join(texts))
+            return 0
+        clear = "\033[H\033[J" if sys.stdout.isatty() else ""
+        print(clear + "\n".join(texts), flush=True)
+        time.sleep(seconds)
+
+
+def _verify(paths: Sequence[str]) -> int:
+    from distill.report.runs import run_folders
     from distill.sharing.verify import verify
 
-    runs, damaged = run_folders(paths), False
-    for run in runs:
-        if command == "status":
-            print(describe(run))
-            continue
+    damaged = False
+    for run in run_folders(paths):
         lines, faults = verify(run)
         print("\n".join(lines))
         for fault in faults:
@@ -266,11 +275,20 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         if name in ("report", "status", "verify"):
             command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold some")
+            if name == "status":
+                watch = "show it again every so many seconds, 5 when none are given, until Ctrl-C"
+                command.add_argument("--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help=watch)
             if name != "report":
                 continue
             command.add_argument("--format", choices=("terminal", "markdown", "csv"), default="terminal")
             page = "the page with everything (default: report.html in RUN; of several, in the first one's parent)"
             command.add_argument("--html", metavar="PATH", help=page)
+            continue
+        if name in ("logs", "cancel"):
+            command.add_argument("run", metavar="RUN", help="run folder, or folder of an experiment, that was launched")
+            if name == "logs":
+                command.add_argument("stage", nargs="?", metavar="STAGE", help="of this stage or job (default: all)")
+                command.add_argument("--lines", type=int, default=20, metavar="N", help="of each log (default: 20)")
             continue
         if name == "spectrum":
             _spectrum_options(command)
@@ -294,7 +312,17 @@ def _parser() -> argparse.ArgumentParser:
             continue
         command.add_argument("overrides", nargs="*", metavar="key=value", help="options, and config groups by name")
         command.add_argument("--config-dir", help="folder with config groups of your own")
+        if name == "launch":
+            command.add_argument(
+                "--dry-run", action="store_true", help="print the graph and the scripts, submit nothing"
+            )
     return parser
+
+
+def _seconds(text: str) -> float:
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
 
 
 def _spectrum_options(command: argparse.ArgumentParser) -> None:

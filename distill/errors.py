@@ -43,12 +43,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(GuardError):
-    """A signal has stopped the run, and nothing is lost. Exit code 75, for launchers: start the same command again."""
+    """A signal has stopped the run, and nothing is lost. Exit code 75, for launchers: start the same command again.
+
+    Attributes:
+        signal: the first that came to this process; None when only another rank has received one.
+    """
 
     exit_code = 75
 
-    def __init__(self) -> None:
+    def __init__(self, signal: int | None = None) -> None:
         super().__init__("stopped by a signal; what was done is kept, and the same command continues.")
+        self.signal = signal
+
+    def __reduce__(self) -> tuple[type, tuple[int | None]]:
+        return type(self), (self.signal,)
 
 
 def sentence(error: BaseException) -> str:

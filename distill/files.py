@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,22 +174,34 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, held: str = "", patience: float = 0.0) -> Iterator[None]:
     """Hold a run folder; a record lock, which is not inherited by worker processes and ends with this process.
+
+    Args:
+        held: what to say when another process holds it.
+        patience: how long to wait for another process to let go of it, in seconds.
 
     Raises:
         ArtifactError: when another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ArtifactError(f"Another process is working on {folder}; wait for it, or stop it.") from error
-        except OSError as error:
-            # A file system without locks: nothing can be said about other processes.
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError) as error:
+                if time.monotonic() < until:
+                    time.sleep(min(patience, 1.0))
+                    continue
+                held = held or f"Another process is working on {folder}; wait for it, or stop it."
+                raise ArtifactError(held) from error
+            except OSError as error:
+                # A file system without locks: nothing can be said about other processes.
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                break
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.config import Config, EvaluateConfig, result_options
 from distill.data.catalogue import PreparedSet
 from distill.errors import ArtifactError
-from distill.run_folder import Artifact, Recipe
+from distill.run_folder import RESULTS, Artifact, Recipe
 
 TESTING = ("split", "max_images", "teacher")
 """Options of ``evaluate`` that change how networks are tested and not how students are trained."""
@@ -70,6 +70,11 @@ def _student_inputs(config: Config) -> tuple[str, ...]:
     if config.evaluate.labels == "hard":
         return ("distilled",)
     return ("distilled", "labels" if stores_labels(config) else "teacher")
+
+
+def beside(stage: Stage, folder: Path) -> list[Path]:
+    """Files of a run, outside the artifact of a stage, that must be there too for it to be complete."""
+    return [folder / RESULTS] if stage.makes == "outcomes" else []
 
 
 def stores_labels(config: Config) -> bool:

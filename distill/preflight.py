@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 
 from distill.config import Config
+from distill.environment import detect
 from distill.errors import ConfigError
 from distill.graph import stored_layout
 
@@ -26,7 +26,7 @@ def preflight(config: Config, command: str) -> None:
     if command in ("run", "evaluate"):
         planned_outcomes(config)
     if command in ("run", "squeeze"):
-        check_batches(config, int(os.environ.get("WORLD_SIZE", "1")))
+        check_batches(config, detect().world_size)
 
 
 def check_batches(config: Config, world_size: int) -> None:

@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.environment import detect
 from distill.errors import ConfigError, DataError
 
 _POOLS: dict[int, ThreadPoolExecutor] = {}
@@ -120,7 +121,7 @@ class PageCache:
         change = np.zeros(len(self.pages) + 1, dtype=np.int64)
         np.add.at(change, list(self.first_need.values()), 1)
         np.add.at(change, [min(last + 1 + ahead, len(self.pages)) for last in self.last_need.values()], -1)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = detect().local_world_size
         needed = int(np.cumsum(change).max()) * self.page_size * processes
         present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > 0.8 * present:

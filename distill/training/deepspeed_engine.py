@@ -167,7 +167,10 @@ def _environment(device: torch.device) -> Iterator[None]:
     """The variables that DeepSpeed reads; those that it leaves behind are taken back."""
     before = dict(os.environ)
     os.environ["DS_ACCELERATOR"] = device.type
+    # It takes this for the number of the GPU.
     os.environ.setdefault("LOCAL_RANK", "0")
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from distill.environment import speaks
 from distill.errors import SIGNALS, Preempted
 
 GRACE = 10.0
@@ -39,6 +40,7 @@ class _State:
 
     def __init__(self) -> None:
         self.requested, self.deferred = False, True
+        self.number: int | None = None
         self.forking = False
         self.hook = sys.unraisablehook
         self.ended = threading.Event()
@@ -51,9 +53,15 @@ class _State:
         if self.forking and not self.deferred:
             # Nothing can be raised there: the thread sends the signal again.
             return
+        self._note(number)
         self.requested = True
         if not self.deferred:
             raise _Stop
+
+    def _note(self, *numbers: int) -> None:
+        """Keep the first: the thread sends SIGTERM in place of another that could not be answered."""
+        if self.number is None:
+            self.number = next((number for number in numbers if number in SIGNALS), None)
 
     def swallowed(self, unraisable: Any) -> None:
         """Python's hook for what cannot be raised, as in a finaliser: there the thread sends the signal again."""
@@ -73,7 +81,9 @@ class _State:
         while not self.ended.is_set():
             began = time.monotonic()
             if select.select([self.reader], [], [], POLL)[0]:
-                told |= any(number in SIGNALS for number in os.read(self.reader, 512))
+                numbers = os.read(self.reader, 512)
+                self._note(*numbers)
+                told |= any(number in SIGNALS for number in numbers)
             elif told and not self.requested and not self.forking:
                 # Another thread has caught it, and the main thread sleeps on; or it was in the middle of a fork.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -84,7 +94,7 @@ class _State:
             # Nobody would end an orphan, and the lock that it holds keeps the next start out.
             orphaned = orphaned + elapsed if agent is not None and os.getppid() != agent else 0.0
             if waited > (PATIENCE if training else GRACE) or orphaned > (ANSWER if stopping else POLL):
-                if stopping and os.environ.get("RANK", "0") == "0":
+                if stopping and speaks():
                     os.write(2, f"guard: {Preempted()}\n".encode())
                 os._exit(Preempted.exit_code)
 
@@ -135,7 +145,7 @@ def preemptible(*, last: bool = False) -> Iterator[None]:
             # A signal just before this is raised here, where the block around catches it.
             state.deferred = True
     except _Stop:
-        raise Preempted from None
+        raise Preempted(state.number) from None
     finally:
         # The thread, which may send a signal again, ends before the handlers do.
         state.end()
@@ -161,14 +171,14 @@ def deferred() -> Iterator[Callable[[], bool]]:
     state.deferred = True
     try:
         yield lambda: state.requested
-    except Preempted:
+    except Preempted as stopped:
         # The signal may have come to another rank only.
-        state.requested = True
+        state.requested, stopped.signal = True, state.number
         raise
     finally:
         state.deferred = False
     if state.requested:
-        raise Preempted
+        raise Preempted(state.number)
 
 
 def _agent() -> int | None:

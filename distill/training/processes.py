@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started."""
+"""The processes of a run: one, or those that torchrun or Slurm started."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from distill.environment import detect
 from distill.errors import ConfigError
 from distill.provenance import processor
 
@@ -24,7 +25,7 @@ class Processes:
 
     Attributes:
         rank: 0 … world_size − 1.
-        world_size: number of processes, 1 without torchrun.
+        world_size: number of processes.
         device: where this process computes.
         control: a gloo group for what ranks tell each other on the CPU; None: the group of the run.
     """
@@ -96,16 +97,17 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(device: str = "auto", threads: int = 0) -> Iterator[Processes]:
-    """Join the process group that torchrun's variables describe; without them this is the only process.
+    """Join the process group that the environment describes; without one this is the only process.
 
     Args:
         device: auto, cpu or cuda.
         threads: CPU threads of this process; 0 leaves it to torch.
 
     Raises:
-        ConfigError: when device=cuda and there is no GPU for this rank.
+        ConfigError: when the environment contradicts itself, or there is no GPU for this rank.
     """
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+    who = detect()
+    rank, world_size, local_rank = who.rank, who.world_size, 0 if who.own_gpu else who.local_rank
     if threads:
         torch.set_num_threads(threads)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
@@ -121,7 +123,9 @@ def processes(device: str = "auto", threads: int = 0) -> Iterator[Processes]:
         # Ranks wait for each other's share of a stage, and for the data set: that takes as long as it takes. When a
         # process dies, torchrun ends the others; when a machine is gone without a word, a signal does (``preemption``).
         backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(days=14)
-        distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        # torchrun's agents keep the store; in a step of Slurm rank 0 does.
+        where = "env://" if who.kind == "torchrun" else f"tcp://{who.master_address}:{who.master_port}"
+        distributed.init_process_group(backend, where, rank=rank, world_size=world_size, timeout=timeout)
         group = distributed.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, distributed.ProcessGroup)
         control = group
@@ -147,6 +151,3 @@ def deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-
-
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

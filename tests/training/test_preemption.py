@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_a_signal_outside_a_training_ends_the_work_at_once(number: int) -> None:
     with pytest.raises(Preempted, match="the same command continues") as stopped:
         work()
     assert reached == ["the clearing up"]
-    assert stopped.value.exit_code == 75
+    assert (stopped.value.exit_code, stopped.value.signal) == (75, number), "the first of them"
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
@@ -63,11 +64,27 @@ def test_in_a_training_it_only_sets_a_flag() -> None:
             seen.append(told())
         seen.append(True)
 
-    with pytest.raises(Preempted):
+    with pytest.raises(Preempted) as stopped:
         work()
+    assert stopped.value.signal == signal.SIGUSR2
+    assert pickle.loads(pickle.dumps(stopped.value)).signal == signal.SIGUSR2
     assert seen == [False, True]
     with preemptible(), deferred() as told:
         assert not told()
+
+
+def test_a_stop_that_another_rank_was_told_carries_no_signal() -> None:
+    @preemptible()
+    def work(told: bool) -> None:
+        with deferred():
+            if told:
+                send(signal.SIGUSR1)
+            raise Preempted
+
+    for told in (False, True):
+        with pytest.raises(Preempted) as stopped:
+            work(told)
+        assert stopped.value.signal == (signal.SIGUSR1 if told else None)
 
 
 def test_a_signal_inside_a_finaliser_ends_the_work_all_the_same(capfd: pytest.CaptureFixture[str]) -> None:
