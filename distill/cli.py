@@ -32,6 +32,7 @@ COMMANDS = {
     "cancel": "end the jobs of a run that was launched; what is done is kept",
     "verify": "check every file of runs against its checksum, and what was made from what",
     "spectrum": "measure the curvature of the loss of teachers and students, and the bound on the attacked loss",
+    "tensorboard": "show a run in TensorBoard, while its workers go on",
     "export": "write the distilled images for other programs",
     "config": "print the resolved configuration",
 }
@@ -53,7 +54,7 @@ which is too heavy to be loaded for the help."""
 EXPORT_QUALITY = 95
 MAIN_ARM = "main"
 """What an experiment without arms becomes when it has controls."""
-PLAIN = ("report", "status", "logs", "cancel", "verify", "spectrum", "export")
+PLAIN = ("report", "status", "logs", "cancel", "verify", "spectrum", "tensorboard", "export")
 """Commands that take no options of the configuration."""
 GENERAL = (
     "name",
@@ -96,6 +97,11 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.command == "spectrum":
         return _spectrum(parsed)
+    if parsed.command == "tensorboard":
+        from distill.report.serve import serve
+
+        serve(Path(parsed.run), parsed.host, parsed.port)
+        return 0
     if parsed.command == "export":
         from data_prep.formats.beton_images import write_beton
         from distill.exchange import export
@@ -286,6 +292,11 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if name == "spectrum":
             _spectrum_options(command)
+            continue
+        if name == "tensorboard":
+            command.add_argument("run", metavar="RUN", help="run folder, or a folder that holds some")
+            command.add_argument("--port", type=int, metavar="N", help="(default: 6006, or the next that is free)")
+            command.add_argument("--host", default="127.0.0.1", metavar="H", help="interface (default: 127.0.0.1)")
             continue
         if name == "export":
             command.add_argument("run", metavar="RUN", help="run folder with a complete distilled set")

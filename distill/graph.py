@@ -105,7 +105,7 @@ STAGES = (
         lambda config: ("teacher", "distilled"),
         shared=lambda config: True,
     ),
-    Stage("evaluate", "student", "student", _student_options, _student_inputs),
+    Stage("evaluate", "student", "student", _student_options, _student_inputs, shared=lambda config: True),
     Stage(
         "evaluate",
         "outcomes",

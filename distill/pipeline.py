@@ -19,7 +19,7 @@ from distill.preflight import preflight
 from distill.provenance import Provenance
 from distill.run_folder import Artifact
 from distill.sharing import Sharing, Worker, units_left
-from distill.training.monitor import LateMonitor, open_monitor
+from distill.training.monitor import Monitor, open_monitor
 from distill.training.preemption import preemptible
 from distill.training.processes import Processes, processes
 
@@ -171,7 +171,7 @@ def _share(
         _write_config(config, folder)
     artifact.begin(alone=False)
     recipe, engine = digest(artifact.recipe.as_json()), config.engine.choice
-    monitor = LateMonitor(folder, stage.makes, config.monitor.tensorboard)
+    monitor = Monitor(folder, stage.makes, config.monitor.tensorboard, anew=True)
     with (
         contextlib.closing(monitor),
         Worker(

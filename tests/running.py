@@ -65,8 +65,8 @@ def contents(run: Path) -> dict[str, bytes]:
         name = str(path.relative_to(run))
         if (
             not path.is_file()
-            or name.startswith(("tensorboard", "workers"))
-            or name in ("metrics.jsonl", "provenance.json", "report.html")
+            or name.startswith(("metrics", "tensorboard", "workers"))
+            or name in ("provenance.json", "report.html")
         ):
             continue
         content = path.read_bytes()

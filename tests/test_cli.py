@@ -13,6 +13,7 @@ import yaml
 
 from distill.cli import main
 from distill.data import DistilledSet
+from distill.report.history import read_lines
 from tests.running import SMALL, command, guard
 
 
@@ -76,7 +77,7 @@ def test_metrics_and_tensorboard_hold_every_stage(experiment: tuple[Path, list[s
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = experiment[0] / "runs/small/guard"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder)
     assert {line["stage"] for line in lines} == {"teacher", "distilled", "labels", "student", "outcomes"}
     step = next(line for line in lines if line["stage"] == "teacher" and "loss" in line)
     terms = {
@@ -91,11 +92,12 @@ def test_metrics_and_tensorboard_hold_every_stage(experiment: tuple[Path, list[s
     }
     assert terms <= set(step)
     tags: set[str] = set()
-    for stage in ("teacher", "distilled", "student", "outcomes"):
-        events = EventAccumulator(str(folder / "tensorboard" / stage)).Reload().Tags()
+    for shown in ("1_teacher", "2_distilled", "4_student/seed0", "5_outcomes"):
+        events = EventAccumulator(str(folder / "tensorboard" / shown)).Reload().Tags()
         tags |= {*events["scalars"], *events["images"], *events["tensors"]}
-    wanted = {"teacher/curvature", "distilled/images", "distilled/distilled", "distilled/unit_00000/batchnorm_matching"}
-    wanted |= {"student/seed0/loss", "outcomes/seed0/pgd20@16", "outcomes/attacks/text_summary", "teacher/test/top1"}
+    wanted = {"1_teacher/curvature", "1_teacher/test/top1", "2_distilled/images", "2_distilled/distilled"}
+    wanted |= {"2_distilled/unit_00000/batchnorm_matching", "4_student/loss"}
+    wanted |= {"5_outcomes/seed0/pgd20@16", "5_outcomes/attacks/text_summary"}
     assert wanted <= tags
 
 
