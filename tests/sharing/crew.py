@@ -64,7 +64,7 @@ class Crew:
 
     @staticmethod
     def suspended(process: subprocess.Popen[str], seconds: float = 100.0) -> None:
-        """Wait until a worker has suspended itself: from then on it writes nothing, and SIGCONT does not come too early.
+        """Wait until a worker has suspended itself: only then does it write nothing, and SIGCONT not come too early.
 
         A path that it made before says neither.
         """
@@ -118,7 +118,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def end(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+def end(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
     """Wait for a worker; its exit code and what it said on stderr."""
     said = process.communicate(timeout=seconds)[1]
     return process.returncode, said
