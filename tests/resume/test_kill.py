@@ -13,10 +13,10 @@ import pytest
 
 from tests.data.reading import skip_without
 from tests.resume.interruption import MOMENTS, same, start, wait_for
-from tests.running import command, guard
+from tests.running import Started, command, guard
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Started) -> None:
     """SIGKILL to the whole group: loader workers too."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

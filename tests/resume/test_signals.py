@@ -20,12 +20,12 @@ from distill.compose import compose
 from distill.data.streaming import read_batches
 from distill.errors import SIGNALS, Preempted
 from tests.resume.interruption import MOMENTS, same, start, wait_for
-from tests.running import command, environment
+from tests.running import Started, command, environment
 
 
-def stopped(process: subprocess.Popen[str], folder: Path) -> str:
+def stopped(process: Started, folder: Path) -> str:
     """Assert that a run has ended as it should after a signal; returns what it wrote, and clears the log."""
-    code, log = process.wait(timeout=60), (folder / "log").read_text()
+    code, log = process.wait(timeout=200), (folder / "log").read_text()
     (folder / "log").unlink()
     assert code == Preempted.exit_code, log
     assert log.splitlines()[-1] == f"guard: {Preempted()}"
