@@ -22,10 +22,11 @@ MOMENTS = {
 """Stage → what is there while it is under way."""
 
 
-def start(folder: Path, arguments: Sequence[str] | None = None) -> Started:
+def start(folder: Path, arguments: Sequence[str] | None = None, fresh: bool = False) -> Started:
     """A run in a process group of its own, which writes to ``folder/log``."""
     with (folder / "log").open("a") as log:
-        return running.start(arguments or command(folder, *OPTIONS), stdout=log, stderr=log, new_session=True)
+        asked = arguments or command(folder, *OPTIONS)
+        return running.start(asked, stdout=log, stderr=log, new_session=True, fresh=fresh)
 
 
 def wait_for(process: Started, folder: Path, pattern: str) -> None:

@@ -116,7 +116,7 @@ def test_stopped_at_random_moments(whole: tuple[Path, float], tmp_path: Path, nu
     folder, seconds = whole
     moments = random.Random(number)
     for _ in range(4):
-        process = start(tmp_path)
+        process = start(tmp_path, fresh=True)
         try:
             process.wait(timeout=moments.uniform(0, 0.95) * seconds)
         except subprocess.TimeoutExpired:
@@ -131,6 +131,6 @@ def test_stopped_at_random_moments(whole: tuple[Path, float], tmp_path: Path, nu
                 assert (tmp_path / "log").read_text() == ""
                 continue
             stopped(process, tmp_path)
-    again = start(tmp_path)
+    again = start(tmp_path, fresh=True)
     assert again.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     same(tmp_path, folder)
