@@ -43,7 +43,7 @@ demo: $(INSTALLED)
 
 # Two tests at a time, each with one thread: threads of several programs on the same cores stall each other.
 test: $(DEVELOP) ffcv browser slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 slow: $(DEVELOP) ffcv
 	$(BIN)/python -m pytest -m "slow and not cluster" $(PYTEST_ARGS)
