@@ -73,7 +73,7 @@ def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], ob
             # Only now does a rank wait for the others, which may be at work on their last units.
             group.barrier()
         for config, stage, artifact in left:
-            _say(group, config, stage, "complete" if artifact.complete else units_left(run_folder(config), artifact))
+            _say(group, config, stage, units_left(run_folder(config), artifact))
 
 
 def _run_one(config: Config, command: str, group: Processes, patience: float) -> list[tuple[Stage, Artifact]]:
