@@ -162,6 +162,7 @@ def _common_folder(paths: Sequence[str]) -> Path:
 def _status(paths: Sequence[str], seconds: float | None) -> int:
     """How far runs and their jobs are, once or again and again."""
     from distill.report.runs import run_folders
+    from distill.report.trainings import describe_trainings
     from distill.sharing.status import describe
     from launchers.status import describe as describe_jobs
 
@@ -172,7 +173,9 @@ def _status(paths: Sequence[str], seconds: float | None) -> int:
             # Before the first job has begun there is no run yet.
             runs = run_folders([path], none=bool(jobs))
             texts += [f"{path}\n{jobs}"] if jobs and runs != [path] else []
-            texts += [f"{describe(run)}\n{jobs}" if jobs and run == path else describe(run) for run in runs]
+            for run in runs:
+                texts.append(describe(run, describe_trainings(run)))
+                texts += [jobs] if jobs and run == path else []
         if seconds is None:
             print("\n".join(texts))
             return 0

@@ -49,11 +49,11 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
     lines = []
     for path in metrics_files(run):
         with open(path, encoding="utf-8", errors="replace") as file:
-            lines += [line for text in file if (line := _parsed(text))]
+            lines += [line for text in file if (line := parsed(text))]
     return sorted(lines, key=lambda line: line["time"] if _number(line.get("time")) else 0.0)
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def parsed(text: str) -> dict[str, Any]:
     """One line; an empty one where a kill has left half a line."""
     try:
         line = json.loads(text)

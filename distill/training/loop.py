@@ -60,7 +60,7 @@ def train(
                     rate = engine.learning_rate
                     terms = engine.step(batch)
                     if engine.step_count % every == 0 or engine.step_count == total:
-                        values = health.record(terms, rate)
+                        values = {**health.record(terms, rate), "epoch": engine.step_count / len(loader)}
                         monitor.scalars(engine.step_count, values)
                         progress.update(0, **short(values))
                     progress.update()
