@@ -56,6 +56,8 @@ MAIN_ARM = "main"
 """What an experiment without arms becomes when it has controls."""
 PLAIN = ("report", "status", "logs", "cancel", "verify", "spectrum", "tensorboard", "export")
 """Commands that take no options of the configuration."""
+ON_CLUSTERS = ("launch", "config")
+"""Commands that take options of clusters."""
 GENERAL = (
     "name",
     "run_root",
@@ -109,6 +111,9 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         target = Path(parsed.to) if parsed.to else None
         print(export(Path(parsed.run), parsed.format, target, parsed.images, parsed.quality, write_beton=write_beton))
         return 0
+    ignored = [text for text in parsed.overrides if "cluster" in names_of(text)]
+    if ignored and parsed.command not in ON_CLUSTERS:
+        raise ConfigError(f"{ignored[0]} is about guard launch; guard {parsed.command} works on this machine.")
     configs = _configs(parsed.overrides, parsed.config_dir)
     if parsed.command == "prepare":
         from data_prep import prepare
@@ -360,12 +365,16 @@ def _option_list(command: str) -> str:
     wanted = SECTIONS.get(command)
     lines = ["config groups:"]
     for group, choices in group_choices().items():
+        if group == "cluster" and command not in ON_CLUSTERS:
+            continue
         names = textwrap.fill(", ".join(choices), 110, initial_indent=f"  {group}=", subsequent_indent="      ")
         lines.append(names)
     lines += ["", "options, with their defaults before a config group changes them:"]
     for key, kind, field in options():
         section = key.split(".")[0]
         if wanted is not None and section not in wanted and key not in GENERAL:
+            continue
+        if section == "cluster" and command not in ON_CLUSTERS:
             continue
         default = field.default_factory() if callable(field.default_factory) else field.default
         name = getattr(kind, "__name__", str(kind)) if "[" not in str(kind) else str(kind)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.compose import names_of
 from distill.config import Config
 from distill.errors import ArtifactError, GuardError
 from distill.pipeline import experiment_folder, run_folder
@@ -133,7 +134,8 @@ def _fill(record: Launch, jobs: Sequence[Job]) -> None:
 
 def _work(job: Job, record: Launch, command: Sequence[str]) -> StageJob:
     cluster, config = job.configs[0].cluster, job.configs[0]
-    words = ["guard", job.stage if job.stage != "report" else "run", *command[2:]]
+    options = [word for word in command[2:] if "cluster" not in names_of(word)]
+    words = ["guard", job.stage if job.stage != "report" else "run", *options]
     if len(job.configs) == 1 and (config.arms or config.controls):
         words = [word for word in words if not word.startswith("arm=")] + [f"arm={config.name.rpartition('/')[2]}"]
     return StageJob(

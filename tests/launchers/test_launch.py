@@ -128,6 +128,14 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     assert done.stderr.count("\n") == 1
 
 
+def test_only_launch_takes_options_of_clusters(tmp_path: Path) -> None:
+    done = guard(command(tmp_path, "cluster=slurm_test"))
+    assert (done.returncode, done.stderr) == (
+        2,
+        "guard: cluster=slurm_test is about guard launch; guard run works on this machine.\n",
+    )
+
+
 def test_the_copy_of_the_code_is_what_runs(tmp_path: Path) -> None:
     folder = snapshot.take(tmp_path / "code")
     shown = subprocess.run(
