@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli import _configs
+from distill.arms import configurations
 from distill.compose import compose
 from distill.config import Config
 from distill.errors import ArtifactError
@@ -19,7 +19,7 @@ CLUSTER = "cluster=slurm_test"
 
 def configs(folder: Path, *overrides: str) -> list[Config]:
     places = [f"run_root={folder / 'runs'}", f"data_root={folder / 'data'}"]
-    return _configs([*overrides, *places], None)
+    return configurations([*overrides, *places], None)
 
 
 def edges(runs: list[Config]) -> dict[str, set[str]]:
