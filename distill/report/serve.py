@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from pathlib import Path
 
@@ -38,11 +39,15 @@ def serve(folder: Path, host: str, port: int | None = None) -> None:
     server = program.TensorBoard()
     logdir = folder / TENSORBOARD if runs == [folder] else folder
     wanted = ["tensorboard", "--logdir", str(logdir), "--host", host, *([] if port is None else ["--port", str(port)])]
+    # It would advertise its options there; and where it exits, it says why.
+    told = io.StringIO()
     try:
-        server.configure(wanted)
-        address = server.launch()
-    except (program.TensorBoardServerException, ValueError) as error:
-        raise ConfigError(f"TensorBoard cannot be served there: {' '.join(str(error).split())}") from error
+        with contextlib.redirect_stderr(told):
+            server.configure(wanted)
+            address = server.launch()
+    except (program.TensorBoardServerException, ValueError, OverflowError, SystemExit) as error:
+        reason = (told.getvalue() if isinstance(error, SystemExit) else str(error)).strip().splitlines()
+        raise ConfigError(f"TensorBoard cannot be served on {host}: {reason[-1] if reason else error}") from error
     print(f"TensorBoard of {folder}: {address} (Ctrl-C ends it)", flush=True)
     # The page is served by a thread until this one ends.
     with contextlib.suppress(KeyboardInterrupt):

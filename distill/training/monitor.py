@@ -34,7 +34,7 @@ class NullMonitor:
         """Record named numbers of one step."""
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        """Show images uint8 (N, 3, H, W) as a grid, or one picture (3, H, W)."""
+        """Show images (N, 3, H, W), uint8 or floats in [0, 1], as a grid, or one picture uint8 (3, H, W)."""
 
     def text(self, name: str, markdown: str) -> None:
         """Show a table or another text."""
@@ -129,6 +129,8 @@ def _ends_a_line(path: Path) -> bool:
 def _grid(images: Tensor, columns: int = 10) -> Tensor:
     from torchvision.utils import make_grid
 
+    if images.is_floating_point():
+        images = (255 * images.detach().clamp(0, 1)).round().to(torch.uint8)
     scale = max(1, 64 // images.shape[-1])
     enlarged = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     return make_grid(enlarged.cpu(), nrow=min(columns, len(images)), pad_value=255).to(torch.uint8)

@@ -57,10 +57,6 @@ FETCH = "const done = arguments[1]; fetch(arguments[0]).then(answer => answer.js
 """What the page itself asks the server for."""
 PAGE = 12
 """The Images tab shows at most so many at a time."""
-PICTURED = "2_distilled/images|3_labels/views|4_student/(accuracy|loss)|6_workers"
-"""Tags that ``check_run`` takes a picture of."""
-SETTLED = 5.0
-"""Seconds in which curves are drawn after their axes."""
 
 
 def missing_programs() -> str:
@@ -158,14 +154,13 @@ def wait_for(
         time.sleep(0.5)
 
 
-def check_run(run: Path, picture: Path | None = None, seconds: float = 120) -> None:
+def check_run(run: Path, seconds: float = 120) -> None:
     """Open ``guard tensorboard`` on a finished run, and assert that its page has scalars and images of every stage.
 
     Every seed has curves of its own; of a stage that workers share the units of all together, and of each, are there.
 
     Args:
         run: the run folder, with ``results.json``.
-        picture: where a picture of the page with curves of seeds and workers is saved.
         seconds: that the page may take for each view.
     """
     stages = [stage for stage in STAGES if (run / stage / "manifest.json").is_file()]
@@ -176,7 +171,7 @@ def check_run(run: Path, picture: Path | None = None, seconds: float = 120) -> N
         published = sum(unit["result"] == "published" for unit in record["units"])
         if published:
             made.setdefault(record["artifact"], {})[record["worker"]] = published
-    with guard_tensorboard(run, seconds) as address, chromium(1600, 1500) as browser:
+    with guard_tensorboard(run, seconds) as address, chromium() as browser:
         browser.set_script_timeout(seconds)
         browser.get(f"{address}#scalars")
         wait_for(browser, [*map(numbered, stages), SHOWN_AS], seconds=seconds)
@@ -197,12 +192,6 @@ def check_run(run: Path, picture: Path | None = None, seconds: float = 120) -> N
         browser.get(f"{address}#images&tagFilter=.")
         shown = sum(len(tags) for tags in images.values())
         wait_for(browser, ["1_teacher/images"], pictures=min(shown, PAGE), seconds=seconds)
-        if picture is not None:
-            browser.get("about:blank")
-            browser.get(f"{address}?tagFilter={PICTURED}#timeseries")
-            wait_for(browser, ["4_student/loss", f"{SHOWN_AS}/2_distilled"], pictures=1, seconds=seconds)
-            time.sleep(SETTLED)
-            browser.save_screenshot(str(picture))
 
 
 def fetched(browser: Chrome, address: str) -> Any:
@@ -218,6 +207,8 @@ def screenshot(
     pictures: int = 1,
     width: int = 1400,
     height: int = 1000,
+    tags: str = "",
+    settle: float = 0.0,
 ) -> None:
     """Save a picture of a tab of TensorBoard's page.
 
@@ -228,10 +219,13 @@ def screenshot(
         words: texts, such as tags, that must be on the page.
         pictures: number of pictures that must be loaded.
         width, height: of the window in pixels.
+        tags: a regular expression; others are left out.
+        settle: seconds to wait for curves, which are drawn after their axes.
     """
     with tensorboard(logdir) as address, chromium(width, height) as browser:
-        browser.get(f"{address}#{tab}")
+        browser.get(f"{address}?tagFilter={tags}#{tab}" if tags else f"{address}#{tab}")
         wait_for(browser, words, pictures)
+        time.sleep(settle)
         browser.save_screenshot(str(path))
 
 
@@ -279,4 +273,6 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=1, help="pictures that must be loaded")
     parser.add_argument("--width", type=int, default=1400)
     parser.add_argument("--height", type=int, default=1000)
+    parser.add_argument("--tags", default="", help="regular expression of the tags that are shown")
+    parser.add_argument("--settle", type=float, default=0.0, help="seconds to wait for curves")
     screenshot(**vars(parser.parse_args()))

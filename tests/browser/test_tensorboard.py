@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,15 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.browser.tensorboard_page import chromium, missing_programs, screenshot, tensorboard, wait_for
+from tests.browser.tensorboard_page import (
+    check_run,
+    chromium,
+    missing_programs,
+    screenshot,
+    tensorboard,
+    wait_for,
+)
+from tests.running import command, guard, start
 
 pytestmark = [
     pytest.mark.browser,
@@ -89,3 +99,31 @@ def test_processes_end_although_the_visit_fails(logdir: Path) -> None:
         visit()
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], 0)
+
+
+@pytest.fixture(scope="module")
+def made_by_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two seeds; everything but the teacher was made by two workers at a time."""
+    folder = tmp_path_factory.mktemp("workers")
+    options = ["squeeze.epochs=2", "recover.iterations=20", "recover.ipc=4", "evaluate.seeds=[0,1]"]
+    options += ["recover.snapshots=[0]", "attacks.epsilon=[16]", "attacks.max_images=20", "attacks.sanity_images=0"]
+    done = guard(command(folder, *options, stage="squeeze"))
+    assert done.returncode == 0, done.stderr
+    for stage in ("recover", "relabel", "evaluate"):
+        asked = command(folder, *options, stage=stage)
+        workers = [start(asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+        for worker in workers:
+            said = worker.communicate(timeout=500)[1]
+            assert worker.returncode == 0, said
+    return folder / "runs/run"
+
+
+def test_a_run_of_several_workers(made_by_workers: Path) -> None:
+    check_run(made_by_workers)
+
+
+def test_what_is_missing_on_the_page_is_named(made_by_workers: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made_by_workers, tmp_path / "run"))
+    shutil.rmtree(run / "tensorboard/3_labels")
+    with pytest.raises((AssertionError, TimeoutError), match="3_labels"):
+        check_run(run, seconds=60)
