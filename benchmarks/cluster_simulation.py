@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 from tabulate import tabulate
 
@@ -95,9 +96,9 @@ def simulate(stage: Callable[[Conditions, int], Outcome], conditions: Conditions
     }
 
 
-def predict(parsed: argparse.Namespace, given: Measured) -> list[dict[str, object]]:
+def predict(parsed: argparse.Namespace, given: Measured) -> list[dict[str, Any]]:
     """Every case: GPUs, IPC, stage, level and preemption."""
-    found: list[dict[str, object]] = []
+    found: list[dict[str, Any]] = []
     for level, assumed in LEVELS.items():
         for every in [math.inf, *parsed.preempted_every] if level == "middle" else [math.inf]:
             lease = LEASE if parsed.untold else 0.0
@@ -115,9 +116,10 @@ def predict(parsed: argparse.Namespace, given: Measured) -> list[dict[str, objec
     return found
 
 
-def limits(given: Measured) -> list[list[object]]:
+def limits(given: Measured) -> list[list[Any]]:
     """Where each stage stops scaling: the most GPUs, a power of two, that work at half of one GPU's pace or better."""
-    assumed, rows = LEVELS["middle"], []
+    assumed = LEVELS["middle"]
+    rows: list[list[Any]] = []
     calm = Conditions(start=assumed.start, spread=assumed.spread)
     for ipc in (10, 50, 100):
         for name, stage in stages(1, ipc, given, assumed).items():
@@ -141,7 +143,7 @@ def time(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 100 else f"{hours:.0f} h"
 
 
-def show(cases: list[dict[str, object]], parsed: argparse.Namespace) -> None:
+def show(cases: list[dict[str, Any]], parsed: argparse.Namespace) -> None:
     """Two tables: without preemption, and what preemptions add."""
     keyed = {(c["stage"], c["ipc"], c["gpus"], c["level"], c["preempted_every_hours"]): c for c in cases}
     stage_keys = list(dict.fromkeys((c["stage"], c["ipc"]) for c in cases))

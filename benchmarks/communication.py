@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -147,7 +148,10 @@ def main() -> None:
     print(f"formula: {formula / 1e6:.2f} MB a step from all ranks together")
     print(tabulate(rows, ["engine", "MB a step", "of the formula"]))
     settings = {key: value for key, value in vars(given).items() if key != "worker"}
-    result = {"ratios": {engine: count / formula for engine, count in counted.items()}, "bytes": counted}
+    result: dict[str, Any] = {
+        "ratios": {engine: count / formula for engine, count in counted.items()},
+        "bytes": counted,
+    }
     result |= {"formula": formula, "parameters": parameters, "statistics": statistics, "settings": settings}
     print(json.dumps({**result, "environment": environment()}))
 
