@@ -267,7 +267,7 @@ def test_the_launchers_exit_code_is_that_of_its_processes(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rdzv-id=mine"], "--rdzv-id belongs to --nnodes=2 or more"),
+        (["--rdzv-id=mine"], "--rdzv-id and --local-addr belong to --nnodes=2 or more"),
         (["--nnodes=2", "--rdzv-id=mine"], "--nnodes=2 or more and --rdzv-endpoint=HOST:PORT go together"),
         (["--rdzv-endpoint=localhost:1"], "--nnodes=2 or more and --rdzv-endpoint=HOST:PORT go together"),
     ],
