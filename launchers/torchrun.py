@@ -133,16 +133,22 @@ def children(process: int) -> list[int]:
 
 
 def _launch(given: argparse.Namespace, relay: Relay) -> int:
+    os.environ[AGENT] = str(os.getpid())
+    # Stack traces of connections that close, at every restart.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousConnectionError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
     from torch.distributed.run import parse_args, run
 
-    os.environ[AGENT] = str(os.getpid())
     if given.nnodes > 1:
         # Else a machine that comes in place of a lost one waits for an address that was told to the first ones only.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    seen = _watch_failures(relay)
+    started = _watch_failures(relay)
     # The agent would end the processes instead of passing these on; what went wrong they have said themselves.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     logging.disable(logging.ERROR)
@@ -158,45 +164,55 @@ def _launch(given: argparse.Namespace, relay: Relay) -> int:
     except (RendezvousClosedError, RendezvousConnectionError) as error:
         if relay.told is not None:
             return Preempted.exit_code
-        if not seen:
+        if not started:
             print(f"guard: cannot meet at {given.rdzv_endpoint}: {' '.join(str(error).split())}", file=sys.stderr)
             return 1
         lost = f"The machine of {given.rdzv_endpoint}, where all meet, is gone"
         lost = "Another machine of this run has ended" if isinstance(error, RendezvousClosedError) else lost
         print(f"guard: {lost}; the same command on every machine continues.", file=sys.stderr)
         return LOST_ANOTHER
+    except RendezvousTimeoutError:
+        print(f"guard: fewer than {given.nnodes} machines came; start the same command on each.", file=sys.stderr)
+        return LOST_ANOTHER if started else 1
     except Exception as error:
         print(f"guard: torchrun has failed: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if relay.told is None else Preempted.exit_code
     return 0
 
 
-def _watch_failures(relay: Relay) -> list[dict[int, int]]:
-    """Let the agent start processes again only when they were killed or have lost others; gives the list of failures.
+def _watch_failures(relay: Relay) -> list[bool]:
+    """Let the agent start processes again only when they were killed or have lost others.
 
     What has failed with a sentence of its own would say it once more, and what was told to stop has stopped.
+
+    Returns:
+        A list that has grown when processes were started.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher import api
 
-    seen: list[dict[int, int]] = []
+    started: list[bool] = []
 
     class Agent(LocalElasticAgent):
         def _monitor_workers(self, *arguments: Any, **named: Any) -> Any:
             result = super()._monitor_workers(*arguments, **named)
             if result.is_failed():
-                seen.append({rank: failure.exitcode for rank, failure in result.failures.items()})
-                _, killed, lost = judge(seen[-1], relay.told)
+                codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+                _, killed, lost = judge(codes, relay.told)
                 if relay.told is not None or not (killed or lost):
                     self._remaining_restarts = 0
                 elif self._remaining_restarts:
-                    what = f"killed: {killed}" if killed else "another process of this run has ended"
-                    left = f"{self._remaining_restarts - 1} more times if need be"
-                    print(f"guard: {what}; going on from what is saved, {left}.", file=sys.stderr, flush=True)
+                    what, times = f"killed: {killed}; " if killed else "", self._remaining_restarts
+                    again = f"starting again from what is saved, the first of at most {times} times"
+                    print(f"guard: {what}{again}.", file=sys.stderr, flush=True)
             return result
 
+        def _start_workers(self, *arguments: Any, **named: Any) -> Any:
+            started.append(True)
+            return super()._start_workers(*arguments, **named)
+
     api.LocalElasticAgent = Agent  # type: ignore[misc]
-    return seen
+    return started
 
 
 def exit_code(codes: Mapping[int, int], told: int | None) -> int:

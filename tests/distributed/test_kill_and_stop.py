@@ -35,10 +35,17 @@ class Run:
 
     Args:
         folder: where it works and writes its log.
-        launcher: options of ``launchers.torchrun``.
+        launcher: options of ``launchers.torchrun``; without any nothing starts again by itself.
     """
 
-    def __init__(self, folder: Path, *overrides: str, ranks: int = 2, launcher: tuple[str, ...] = (), log: str = "log"):
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        ranks: int = 2,
+        launcher: tuple[str, ...] = ("--max-restarts=0",),
+        log: str = "log",
+    ):
         self.folder, self.log = folder, folder / log
         folder.mkdir(parents=True, exist_ok=True)
         wanted = command(folder, f"squeeze.epochs={EPOCHS}", "monitor.every=5", *overrides, stage="squeeze")[3:]

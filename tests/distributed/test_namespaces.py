@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,12 +21,13 @@ import pytest
 
 from distill.errors import LOST_ANOTHER
 from launchers.torchrun import children
-from tests.running import command, environment, guard, torchrun
+from tests.running import command, environment, torchrun
 
 pytestmark = pytest.mark.distributed
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ENDPOINT = f"{ADDRESSES[0]}:29400"
+STEPS = 80
 OPTIONS = ["engine=deepspeed_zero2", "monitor.every=5"]
 
 
@@ -46,7 +46,6 @@ class Machines:
         self.folder = folder
         self.names = [f"guard-{os.getpid()}-{number}" for number in range(2)]
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
-        self.started = 0
 
     def connect(self) -> None:
         for name in self.names:
@@ -65,12 +64,11 @@ class Machines:
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "delete", name)
 
-    def start(self, number: int, *overrides: str, stage: str = "squeeze") -> None:
+    def start(self, number: int, *overrides: str) -> None:
         """Start the agent of one machine."""
         launcher = ["-m", "launchers.torchrun", "--nnodes=2", f"--rdzv-endpoint={ENDPOINT}"]
         launcher += [f"--local-addr={ADDRESSES[number]}", "1"]
-        wanted = command(self.folder, *OPTIONS, *overrides, stage=stage)[3:]
-        self.started += 1
+        wanted = command(self.folder, *OPTIONS, *overrides, stage="squeeze")[3:]
         with self.log(number).open("a") as log:
             self.agents[number] = subprocess.Popen(
                 ["ip", "netns", "exec", self.names[number], sys.executable, *launcher, *wanted],
@@ -155,8 +153,121 @@ def teacher(folder: Path) -> bytes:
     return (folder / "runs/run/teacher/weights.safetensors").read_bytes()
 
 
-def undisturbed(folder: Path, *overrides: str) -> bytes:
-    """The teacher of two ranks on one machine."""
-    done = torchrun(2, command(folder, *OPTIONS, *overrides, stage="squeeze"))
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The teacher of two ranks on one machine that nobody disturbs."""
+    pytest.importorskip("deepspeed")
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("reference")
+    done = torchrun(2, command(folder, *OPTIONS, stage="squeeze"))
     assert done.returncode == 0, done.stderr
     return teacher(folder)
+
+
+def test_two_machines_make_the_teacher_of_one(machines: Machines, reference: bytes) -> None:
+    machines.start(1)
+    machines.start(0)
+    assert machines.end() == [0, 0], machines.logs()
+    assert teacher(machines.folder) == reference
+    assert machines.begins() == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_cut_of_twenty_seconds_is_waited_out(machines: Machines, reference: bytes, number: int) -> None:
+    for each in range(2):
+        machines.start(each)
+    machines.reach(10)
+    machines.cut(number)
+    # What is under way ends at the next exchange.
+    time.sleep(3)
+    step = machines.step
+    time.sleep(17)
+    assert machines.step == step < STEPS, "nothing goes on while the cable is cut"
+    machines.mend(number)
+    assert machines.end() == [0, 0], machines.logs()
+    assert machines.begins() == [0], "it went on where it was"
+    assert teacher(machines.folder) == reference
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_and_comes_back(machines: Machines, reference: bytes) -> None:
+    """Its agent is killed, with its rank; the other agent waits for one in its place, and both ranks resume."""
+    for each in range(2):
+        machines.start(each)
+    machines.reach(10)
+    machines.lose(1)
+    step = machines.step
+    machines.start(1)
+    assert machines.end() == [0, 0], machines.logs()
+    assert machines.begins() == [0, step]
+    assert step < STEPS
+    assert teacher(machines.folder) == reference
+
+
+@pytest.mark.slow
+def test_when_the_machine_where_all_meet_is_lost_all_start_again(machines: Machines, reference: bytes) -> None:
+    for each in range(2):
+        machines.start(each)
+    machines.reach(10)
+    machines.lose(0)
+    assert machines.agents.pop(1).wait(timeout=120) == LOST_ANOTHER, machines.logs()
+    assert f"The machine of {ENDPOINT}, where all meet, is gone; the same command on every" in machines.logs()
+    step = machines.step
+    for each in range(2):
+        machines.start(each)
+    assert machines.end() == [0, 0], machines.logs()
+    assert machines.begins() == [0, step]
+    assert step < STEPS
+    assert teacher(machines.folder) == reference
+
+
+SILENT = """
+import sys, time
+from distill.training import meeting
+from torch.distributed import TCPStore
+rank = int(sys.argv[1])
+store = TCPStore("10.77.0.1", 29411, 2, rank == 0)
+def tell(value):
+    if rank == 0: store.set("told", repr(value))
+    return eval(store.get("told"))
+with meeting.Lifeline(rank, 2, "10.77.0.1", tell, silence=6):
+    print("there", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_ranks_end_when_the_other_machine_stays_silent(machines: Machines) -> None:
+    """Nobody closes a connection when a cable is cut: a collective, which only reads, would wait for ever."""
+    ranks = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", machines.names[rank], sys.executable, "-c", SILENT, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert rank.stdout is not None
+            while rank.stdout.readline() not in ("there\n", ""):
+                pass
+        machines.cut(1)
+        time.sleep(3)
+        machines.mend(1)
+        time.sleep(5)
+        assert [rank.poll() for rank in ranks] == [None, None], "a short cut is waited out"
+        machines.cut(1)
+        began = time.monotonic()
+        output = [rank.communicate(timeout=40)[0] for rank in ranks]
+        assert 3 < time.monotonic() - began < 20
+        assert [rank.returncode for rank in ranks] == [LOST_ANOTHER] * 2
+        assert "guard: Nothing was heard from a rank on 10.77.0.2 for 6 seconds; the same command" in output[0]
+        assert "guard: Nothing was heard from rank 0 for 6 seconds; the same command" in output[1]
+    finally:
+        for rank in ranks:
+            rank.kill()
