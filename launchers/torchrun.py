@@ -30,6 +30,8 @@ from distill.errors import LOST_ANOTHER, SIGNALS, Preempted
 from distill.training.preemption import AGENT
 
 RESTARTS = 3
+WAIT = 600
+"""Seconds that a machine waits for the others, at the start and when one was lost."""
 LINGER = 5.0
 """Seconds that a machine waits after the end for those that still ask it about the rendezvous."""
 
@@ -42,7 +44,9 @@ def arguments(given: argparse.Namespace) -> list[str]:
         where += [f"--rdzv-endpoint={given.rdzv_endpoint}", f"--rdzv-id={given.rdzv_id or 'guard'}"]
         where += [f"--local-addr={given.local_addr}"] if given.local_addr else []
         here = hosts(given.rdzv_endpoint)
-        where += [f"--rdzv-conf=is_host={int(here)}"] if here is not None else []
+        told = "" if here is None else f",is_host={int(here)}"
+        # An agent outlives a cut of the network as long as the others wait for it.
+        where += [f"--rdzv-conf=join_timeout={WAIT},read_timeout={WAIT}{told}"]
     count = [f"--max-restarts={given.max_restarts}", f"--nproc_per_node={given.processes}"]
     return [*where, *count, "-m", "distill", *given.command]
 
