@@ -35,16 +35,16 @@ ifneq ($(shell $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null && echo 
 $(shell rm -f $(MADE) $(INSTALLED) $(DEVELOP))
 endif
 
-.PHONY: demo test check bench slow soak clean browser ffcv
+.PHONY: demo test check bench slow soak clean browser network ffcv
 
 demo: $(INSTALLED)
 	$(BIN)/guard run experiment=demo
 
 # Two tests at a time, each with one thread: threads of several programs on the same cores stall each other.
-test: $(DEVELOP) ffcv browser
+test: $(DEVELOP) ffcv browser network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist loadfile $(PYTEST_ARGS)
 
-slow: $(DEVELOP) ffcv
+slow: $(DEVELOP) ffcv network
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 soak: $(DEVELOP) ffcv
@@ -104,6 +104,10 @@ endef
 
 browser:
 	$(call packages,Browser tests,command -v chromium && command -v chromedriver,chromium chromium-driver)
+
+# Two machines, as far as the network goes.
+network:
+	$(call packages,Tests with network namespaces,command -v ip,iproute2)
 
 # FFCV is compiled at installation.
 FFCV_LIBRARIES := pkg-config --exists opencv4 && pkg-config --exists libturbojpeg
