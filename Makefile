@@ -1,6 +1,7 @@
 # make demo    set up .venv/, then run the demonstration
 # make test    every test that takes seconds        make slow    the tests that take minutes
 # make check   what must pass before a commit       make bench   every benchmark
+# make cluster the tests that take minutes on a real Slurm
 # make soak    ten minutes of reading with every loader
 # make clean   remove caches and build products; .venv/, runs/ and data/ stay
 #
@@ -35,17 +36,20 @@ ifneq ($(shell $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null && echo 
 $(shell rm -f $(MADE) $(INSTALLED) $(DEVELOP))
 endif
 
-.PHONY: demo test check bench slow soak clean browser network ffcv
+.PHONY: demo test check bench slow soak cluster clean browser network ffcv slurm
 
 demo: $(INSTALLED)
 	$(BIN)/guard run experiment=demo
 
 # Two tests at a time, each with one thread: threads of several programs on the same cores stall each other.
-test: $(DEVELOP) ffcv browser network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist loadfile $(PYTEST_ARGS)
+test: $(DEVELOP) ffcv browser network slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 slow: $(DEVELOP) ffcv network
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not cluster" $(PYTEST_ARGS)
+
+cluster: $(DEVELOP) slurm
+	$(BIN)/python -m pytest -m "slow and cluster" $(PYTEST_ARGS)
 
 soak: $(DEVELOP) ffcv
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
@@ -85,7 +89,7 @@ $(INSTALLED): $(MADE) setup.py pyproject.toml Makefile
 	@touch $@
 
 $(DEVELOP): $(INSTALLED)
-	$(PIP) install --editable '.[dev,dali,deepspeed]'
+	$(PIP) install --editable '.[dev,dali,deepspeed,slurm]'
 	@touch $@
 
 # System packages for tests, through apt where root or sudo allows. Without them those tests are skipped, and this says
@@ -108,6 +112,10 @@ browser:
 # Two machines, as far as the network goes.
 network:
 	$(call packages,Tests with network namespaces,command -v ip,iproute2)
+
+SLURM_PROGRAMS := export PATH="$$PATH:/usr/sbin"; command -v munged && command -v slurmctld && command -v slurmd && command -v sbatch
+slurm:
+	$(call packages,Cluster tests,$(SLURM_PROGRAMS),munge slurmctld slurmd slurm-client)
 
 # FFCV is compiled at installation.
 FFCV_LIBRARIES := pkg-config --exists opencv4 && pkg-config --exists libturbojpeg

@@ -42,6 +42,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=1.50"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "deepspeed": ["deepspeed>=0.19"],
+        "slurm": ["submitit>=1.5"],
         # Parquet, as Hugging Face's datasets reads it.
         "export": EXPORT,
         "test": TEST,

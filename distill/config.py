@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from distill.config_cluster import ClusterConfig
 from distill.config_machine import EngineConfig, FormatConfig, LoaderConfig, MonitorConfig, SharingConfig
 from distill.option import option
 
@@ -373,6 +374,7 @@ class Config:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     arm: str = option("", "run only this arm of the experiment", result=False)
     arms: dict[str, Any] = option({}, "runs of one experiment: name → list of overrides", result=False)
     controls: dict[str, Any] = option(

@@ -10,9 +10,10 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from distill.errors import ArtifactError
 
@@ -39,7 +40,9 @@ def write_atomic(path: Path, content: bytes | str, *, durable: bool = True) -> N
 def write_first(path: Path, content: bytes | str) -> bool:
     """Write a file unless it is there: the first of several processes wins. Returns whether this one has."""
     with _temporary(path, content, durable=True) as temporary:
-        return place_first(temporary, path)
+        first = place_first(temporary, path)
+        temporary.unlink(missing_ok=True)
+        return first
 
 
 def place_first(source: Path, target: Path) -> bool:
@@ -75,22 +78,32 @@ def listed(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _temporary(path: Path, content: bytes | str, durable: bool) -> Iterator[Path]:
-    """A file beside ``path`` with this content, under a name that no other process of any machine takes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file beside ``path`` with this content, under a name that no other process of any machine takes.
+
+    Whoever asks for it moves or removes it; after an error it is removed here.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _created(temporary) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         yield temporary
-    except OSError as error:
-        if error.filename is None:
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _created(path: Path) -> BinaryIO:
+    try:
+        return open(path, "wb")
+    except FileNotFoundError:
+        # Only now: a shared folder is asked once for each file that is written.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
 
 
 def json_text(content: Any) -> str:
@@ -173,22 +186,34 @@ def file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, held: str = "", patience: float = 0.0) -> Iterator[None]:
     """Hold a run folder; a record lock, which is not inherited by worker processes and ends with this process.
+
+    Args:
+        held: what to say when another process holds it.
+        patience: how long to wait for another process to let go of it, in seconds.
 
     Raises:
         ArtifactError: when another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ArtifactError(f"Another process is working on {folder}; wait for it, or stop it.") from error
-        except OSError as error:
-            # A file system without locks: nothing can be said about other processes.
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError) as error:
+                if time.monotonic() < until:
+                    time.sleep(min(patience, 1.0))
+                    continue
+                held = held or f"Another process is working on {folder}; wait for it, or stop it."
+                raise ArtifactError(held) from error
+            except OSError as error:
+                # A file system without locks: nothing can be said about other processes.
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                break
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.config import Config, EvaluateConfig, result_options
 from distill.data.catalogue import PreparedSet
 from distill.errors import ArtifactError
-from distill.run_folder import Artifact, Recipe
+from distill.run_folder import RESULTS, Artifact, Recipe
 
 TESTING = ("split", "max_images", "teacher")
 """Options of ``evaluate`` that change how networks are tested and not how students are trained."""
@@ -72,6 +72,11 @@ def _student_inputs(config: Config) -> tuple[str, ...]:
     return ("distilled", "labels" if stores_labels(config) else "teacher")
 
 
+def beside(stage: Stage, folder: Path) -> list[Path]:
+    """Files of a run, outside the artifact of a stage, that must be there too for it to be complete."""
+    return [folder / RESULTS] if stage.makes == "outcomes" else []
+
+
 def stores_labels(config: Config) -> bool:
     return config.relabel.mode == "stored" and config.evaluate.labels == "soft"
 
@@ -100,7 +105,7 @@ STAGES = (
         lambda config: ("teacher", "distilled"),
         shared=lambda config: True,
     ),
-    Stage("evaluate", "student", "student", _student_options, _student_inputs),
+    Stage("evaluate", "student", "student", _student_options, _student_inputs, shared=lambda config: True),
     Stage(
         "evaluate",
         "outcomes",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config, EngineConfig
+from distill.config_cluster import ClusterConfig
 from distill.errors import ConfigError
 
 
@@ -116,6 +117,7 @@ def _check_together(config: Config) -> None:
         )
     _check_loader(c)
     _check_engine(c.engine)
+    _check_cluster(c.cluster)
     if len(set(c.evaluate.seeds)) != len(c.evaluate.seeds) or not c.evaluate.seeds:
         raise ConfigError(f"evaluate.seeds={c.evaluate.seeds} must hold at least one seed, each once.")
 
@@ -213,6 +215,24 @@ def _check_engine(engine: EngineConfig) -> None:
             f"engine.zero_stage={engine.zero_stage} takes parameters away between layers, where the penalty's inner "
             f"gradients still need them; use 0, 1 or 2."
         )
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    if cluster.container_mounts and not cluster.container:
+        raise ConfigError("cluster.container_mounts belongs to cluster.container, which is not set.")
+    for key in ("dependency", "array", "comment", "output", "error", "job-name", "signal"):
+        if key in {str(name).replace("_", "-") for name in cluster.options}:
+            raise ConfigError(f"cluster.options.{key} is set by guard launch itself; leave it out.")
+    if cluster.executor != "local":
+        return
+    only_slurm = ("partition", "account", "qos", "constraint", "options", "srun_args", "container")
+    given = [name for name in only_slurm if getattr(cluster, name)]
+    for stage in ("prepare", "squeeze", "recover", "relabel", "evaluate", "report"):
+        given += [f"{stage}.{name}" for name in ("partition", "memory") if getattr(getattr(cluster, stage), name)]
+    if given:
+        raise ConfigError(f"cluster.{given[0]} is an option of Slurm; cluster={cluster.name} runs on this machine.")
+    if cluster.squeeze.nodes > 1:
+        raise ConfigError(f"cluster.squeeze.nodes={cluster.squeeze.nodes}: cluster={cluster.name} is one machine.")
 
 
 def _check_loader(c: Config) -> None:

@@ -14,12 +14,12 @@ from distill.config import Config
 from distill.data.catalogue import PreparedSet
 from distill.environment import detect
 from distill.files import digest, locked, write_atomic
-from distill.graph import STAGES, Stage, artifact_of, other_teachers, stores_labels
+from distill.graph import STAGES, Stage, artifact_of, beside, other_teachers, stores_labels
 from distill.preflight import preflight
 from distill.provenance import Provenance
-from distill.run_folder import RESULTS, Artifact
+from distill.run_folder import Artifact
 from distill.sharing import Sharing, Worker, units_left
-from distill.training.monitor import LateMonitor, open_monitor
+from distill.training.monitor import Monitor, open_monitor
 from distill.training.preemption import preemptible
 from distill.training.processes import Processes, processes
 
@@ -32,22 +32,34 @@ def run_folder(config: Config) -> Path:
     return Path(config.run_root) / config.name
 
 
-def run(configs: Sequence[Config], command: str = "run", prepare: Callable[[Config], object] | None = None) -> None:
+def experiment_folder(config: Config) -> Path:
+    """What the arms and controls of an experiment lie in; without them the run's own folder."""
+    folder = run_folder(config)
+    return folder.parent if config.arms or config.controls else folder
+
+
+def run(
+    configs: Sequence[Config],
+    command: str = "run",
+    prepare: Callable[[Config], object] | None = None,
+    patience: float = 0.0,
+) -> None:
     """Run one stage, or all, of each configuration; what is complete is left alone.
 
     Args:
         command: ``run``, or the command of a stage.
         prepare: called on rank 0 when the options have been checked, once for each data set.
+        patience: how long to wait for another process that trains in the same run, in seconds.
 
     Raises:
         GuardError: one sentence; what is finished is kept.
         Preempted: after SIGTERM, SIGUSR1 or SIGUSR2; the same call continues.
     """
     with preemptible():
-        _run(configs, command, prepare)
+        _run(configs, command, prepare, patience)
 
 
-def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], object] | None) -> None:
+def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], object] | None, patience: float) -> None:
     first, rank = configs[0], detect().rank
     for config in configs:
         preflight(config, command)
@@ -56,15 +68,15 @@ def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], ob
         for config in {(str(each.dataset), str(each.format)): each for each in configs}.values():
             prepare(config)
     with processes(first.device, first.threads) as group:
-        left = [(config, *each) for config in configs for each in _run_one(config, command, group)]
+        left = [(config, *each) for config in configs for each in _run_one(config, command, group, patience)]
         if command in LEAVING:
             # Only now does a rank wait for the others, which may be at work on their last units.
             group.barrier()
         for config, stage, artifact in left:
-            _say(group, config, stage, "complete" if artifact.complete else units_left(run_folder(config), artifact))
+            _say(group, config, stage, units_left(run_folder(config), artifact))
 
 
-def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage, Artifact]]:
+def _run_one(config: Config, command: str, group: Processes, patience: float) -> list[tuple[Stage, Artifact]]:
     """Returns the shared artifacts that are not complete because others are at work on what is left of them."""
     left: list[tuple[Stage, Artifact]] = []
     folder = run_folder(config)
@@ -87,8 +99,8 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
             _say(group, config, stage, "not needed")
             continue
         artifact, shared = artifact_of(stage, config, folder, prepared), stage.shared(config)
-        beside = [folder / RESULTS] if stage.makes == "outcomes" else []
-        complete = artifact.complete and all(path.is_file() for path in beside)
+        files = beside(stage, folder)
+        complete = artifact.complete and all(path.is_file() for path in files)
         if not shared:
             # Ranks that work together go in together; workers on what is shared come and go as they like.
             complete = group.tell(complete)
@@ -96,8 +108,8 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
             if group.main:
                 artifact.sweep()
         elif not shared:
-            _work(stage, artifact, config, folder, prepared, group)
-        elif not _share(stage, artifact, config, folder, prepared, group, wait=command not in LEAVING, beside=beside):
+            _work(stage, artifact, config, folder, prepared, group, patience)
+        elif not _share(stage, artifact, config, folder, prepared, group, wait=command not in LEAVING, beside=files):
             left.append((stage, artifact))
             continue
         _say(group, config, stage, "complete")
@@ -105,7 +117,13 @@ def _run_one(config: Config, command: str, group: Processes) -> list[tuple[Stage
 
 
 def _work(
-    stage: Stage, artifact: Artifact, config: Config, folder: Path, prepared: PreparedSet, group: Processes
+    stage: Stage,
+    artifact: Artifact,
+    config: Config,
+    folder: Path,
+    prepared: PreparedSet,
+    group: Processes,
+    patience: float,
 ) -> None:
     # torch and everything that a stage needs are loaded when the stage starts.
     module = importlib.import_module(f"distill.stages.{stage.module}")
@@ -119,10 +137,14 @@ def _work(
             monitor.close()
 
     if not group.main:
-        group.barrier()
-        work()
+        if not group.tell(False):
+            group.barrier()
+            work()
         return
-    with locked(folder):
+    with locked(folder, patience=patience):
+        # The process that was waited for may have finished it.
+        if group.tell(artifact.complete):
+            return
         _write_config(config, folder)
         artifact.begin()
         group.barrier()
@@ -149,7 +171,7 @@ def _share(
         _write_config(config, folder)
     artifact.begin(alone=False)
     recipe, engine = digest(artifact.recipe.as_json()), config.engine.choice
-    monitor = LateMonitor(folder, stage.makes, config.monitor.tensorboard)
+    monitor = Monitor(folder, stage.makes, config.monitor.tensorboard, anew=True)
     with (
         contextlib.closing(monitor),
         Worker(

@@ -17,6 +17,9 @@ from typing import Any
 from distill.environment import detect
 from distill.files import read_json, write_json
 
+SNAPSHOT = "snapshot.json"
+"""Beside the packages, where a launch has copied them."""
+
 
 class Provenance:
     """``provenance.json``: for each stage which command, code, versions and hardware made it, and how long it took."""
@@ -53,13 +56,17 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     facts: dict[str, Any] = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": versions,
         "host": socket.gethostname(),
         "cpus": os.cpu_count(),
         "world_size": detect().world_size,
     }
+    if snapshot := _snapshot():
+        facts["snapshot"] = snapshot["sha256"]
+    if scheduler := _scheduler():
+        facts["slurm"] = scheduler
     if "torch" in sys.modules:
         import torch
 
@@ -80,9 +87,14 @@ def processor() -> str:
     return platform.machine()
 
 
-def _commit() -> str | None:
-    """The commit of the code, with ``+changes`` when the checkout has some; None outside a checkout."""
+def commit() -> str | None:
+    """The commit of the code, with ``+changes`` when the checkout has some; None outside a checkout.
+
+    Of the copy that a launch has made it is the commit of the checkout at that time.
+    """
     folder = Path(__file__).resolve().parent
+    if snapshot := _snapshot():
+        return snapshot["commit"]
 
     def git(*arguments: str) -> str:
         # Without locks: a run that is killed here must not leave an index.lock in its user's checkout.
@@ -95,6 +107,23 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _snapshot() -> dict[str, Any]:
+    """What a launch has written down about the copy of the code that this process runs, if it does run one."""
+    path = Path(__file__).resolve().parent.parent / SNAPSHOT
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _scheduler() -> dict[str, str]:
+    """The Slurm job of this process, if any."""
+    names = {
+        "job": "SLURM_JOB_ID",
+        "array": "SLURM_ARRAY_JOB_ID",
+        "task": "SLURM_ARRAY_TASK_ID",
+        "restarts": "SLURM_RESTART_COUNT",
+    }
+    return {name: os.environ[variable] for name, variable in names.items() if variable in os.environ}
 
 
 def _now() -> str:

@@ -26,6 +26,15 @@ STAGES = ("teacher", "distilled", "labels", "student", "outcomes")
 """Artifacts of a run in the order in which they are made."""
 RESULTS = "results.json"
 """What a run comes to, beside its artifacts; made from the outcomes, and there when they are told."""
+METRICS, METRICS_OF_WORKERS = "metrics.jsonl", "metrics"
+"""The numbers of a run while it is made: a file, and a folder of files that have a writer each."""
+TENSORBOARD = "tensorboard"
+"""The folder of event files in a run."""
+
+
+def numbered(stage: str) -> str:
+    """What TensorBoard calls a stage, so that names are sorted as the stages follow: for instance 1_teacher."""
+    return f"{STAGES.index(stage) + 1}_{stage}"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
+
+from tests.warm import Process, Server
 
 SMALL = [
     "dataset=digits",
@@ -46,15 +56,96 @@ def command(folder: Path, *overrides: str, name: str = "run", stage: str = "run"
     return [sys.executable, "-m", "distill", stage, *SMALL, *places, *overrides]
 
 
-def guard(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+Started = subprocess.Popen[str] | Process
+
+
+@functools.cache
+def _server(owner: int) -> Server:
+    return Server()
+
+
+def start(
+    arguments: Sequence[str],
+    *,
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
+    new_session: bool = False,
+    fresh: bool = False,
+    **variables: str,
+) -> Started:
+    """Start ``[sys.executable, "-m", MODULE, …]``; pipes are text.
+
+    Args:
+        fresh: in an interpreter of its own, which loads its libraries first, instead of a warm one.
+        new_session: as leader of a group, which can be signalled.
+        variables: of its environment, beside those of this process.
+    """
+    assert list(arguments[:2]) == [sys.executable, "-m"]
+    surroundings = environment() | variables
+    if fresh:
+        return subprocess.Popen(
+            arguments, stdout=stdout, stderr=stderr, text=True, env=surroundings, start_new_session=new_session
+        )
+    return _server(os.getpid()).start(arguments[2:], surroundings, stdout, stderr, new_session)
+
+
+def guard(arguments: Sequence[str], fresh: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; its output is text."""
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=500, **options)  # type: ignore[call-overload]
+    process = start(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, fresh=fresh)
+    try:
+        output, said = process.communicate(timeout=500)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode or 0, output, said)
 
 
 def torchrun(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command (which begins with the interpreter) in ``count`` processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     return guard([*launcher, *arguments[1:]])
+
+
+def ranks(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command in ``count`` warm processes that find each other as under torchrun, whose agent is not there.
+
+    Returns:
+        The exit code of the first that failed, and what all of them wrote, rank 0 first.
+    """
+    if count == 1:
+        return guard(arguments)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": f"{count}"}
+    with contextlib.ExitStack() as stack:
+        started, written = [], []
+        for rank in map(str, range(count)):
+            files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            variables = {**shared, "LOCAL_WORLD_SIZE": f"{count}", "RANK": rank, "LOCAL_RANK": rank}
+            process = start(arguments, stdout=files[0], stderr=files[1], **variables)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            started.append(process)
+            written.append(files)
+        deadline = time.monotonic() + 500
+        # When one has failed, the others would wait for it.
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            assert time.monotonic() < deadline, "the ranks do not end"
+            time.sleep(0.02)
+        texts = ["".join(_content(files[number]) for files in written) for number in range(2)]
+    return subprocess.CompletedProcess(arguments, next((code for code in codes if code), 0), *texts)
+
+
+def _content(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def free_port() -> str:
+    """A port that nobody listens on, and that the system gives to nobody who does not ask for it."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -65,8 +156,8 @@ def contents(run: Path) -> dict[str, bytes]:
         name = str(path.relative_to(run))
         if (
             not path.is_file()
-            or name.startswith(("tensorboard", "workers"))
-            or name in ("metrics.jsonl", "provenance.json", "report.html")
+            or name.startswith(("metrics", "tensorboard", "workers"))
+            or name in ("provenance.json", "report.html")
         ):
             continue
         content = path.read_bytes()

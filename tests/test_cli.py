@@ -13,6 +13,7 @@ import yaml
 
 from distill.cli import main
 from distill.data import DistilledSet
+from distill.report.history import read_lines
 from tests.running import SMALL, command, guard
 
 
@@ -76,7 +77,7 @@ def test_metrics_and_tensorboard_hold_every_stage(experiment: tuple[Path, list[s
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = experiment[0] / "runs/small/guard"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(folder)
     assert {line["stage"] for line in lines} == {"teacher", "distilled", "labels", "student", "outcomes"}
     step = next(line for line in lines if line["stage"] == "teacher" and "loss" in line)
     terms = {
@@ -91,11 +92,12 @@ def test_metrics_and_tensorboard_hold_every_stage(experiment: tuple[Path, list[s
     }
     assert terms <= set(step)
     tags: set[str] = set()
-    for stage in ("teacher", "distilled", "student", "outcomes"):
-        events = EventAccumulator(str(folder / "tensorboard" / stage)).Reload().Tags()
+    for shown in ("1_teacher", "2_distilled", "4_student/seed0", "5_outcomes"):
+        events = EventAccumulator(str(folder / "tensorboard" / shown)).Reload().Tags()
         tags |= {*events["scalars"], *events["images"], *events["tensors"]}
-    wanted = {"teacher/curvature", "distilled/images", "distilled/distilled", "distilled/unit_00000/batchnorm_matching"}
-    wanted |= {"student/seed0/loss", "outcomes/seed0/pgd20@16", "outcomes/attacks/text_summary", "teacher/test/top1"}
+    wanted = {"1_teacher/curvature", "1_teacher/test/top1", "2_distilled/images", "2_distilled/distilled"}
+    wanted |= {"2_distilled/unit_00000/batchnorm_matching", "4_student/loss"}
+    wanted |= {"5_outcomes/seed0/pgd20@16", "5_outcomes/attacks/text_summary"}
     assert wanted <= tags
 
 
@@ -164,7 +166,7 @@ def documented_commands() -> list[str]:
     pages = "\n".join(page.read_text() for page in PAGES)
     blocks = "\n".join(re.findall(r"^```\n(.*?)^```", pages, re.M | re.S)).replace("\\\n", " ")
     lines = [line.split(" #")[0].strip() for line in blocks.splitlines()]
-    stages = "prepare|squeeze|recover|relabel|evaluate|run|config"
+    stages = "prepare|squeeze|recover|relabel|evaluate|run|launch|config"
     found = [line for line in lines if re.match(rf"guard ({stages}) ", line) and "…" not in line]
     return list(dict.fromkeys(found))
 
@@ -194,5 +196,5 @@ def test_links_of_the_documentation_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("line", documented_commands())
 def test_the_commands_of_the_documentation_are_right(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = shlex.split(line)[2:]
+    words = [word for word in shlex.split(line)[2:] if word != "--dry-run"]
     assert main(["config", *words]) == 0, capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_initial_weights_are_known_by_their_content(run: Path) -> None:
 
 def test_two_processes_do_not_train_in_one_run(run: Path) -> None:
     """What is shared by workers they may make at the same time."""
-    shutil.rmtree(run / "runs/run/student")
+    kept = (run / "runs/run/teacher").rename(run / "teacher")
     holder = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX)"
     holder += "; print('held', flush=True); time.sleep(99)"
     process = subprocess.Popen(
@@ -183,14 +183,17 @@ def test_two_processes_do_not_train_in_one_run(run: Path) -> None:
     try:
         assert process.stdout is not None
         process.stdout.readline()
-        assert "Another process is working" in sentence(guard(command(run, stage="evaluate")), 1)
-        assert not (run / "runs/run/student").exists()
-        shutil.rmtree(run / "runs/run/distilled")
-        assert guard(command(run, stage="recover")).returncode == 0
+        assert "Another process is working" in sentence(guard(command(run, stage="squeeze")), 1)
+        assert not (run / "runs/run/teacher").exists()
+        kept.rename(run / "runs/run/teacher")
+        for name in ("distilled", "labels", "student"):
+            shutil.rmtree(run / "runs/run" / name)
+        for stage in ("recover", "relabel", "evaluate"):
+            done = guard(command(run, stage=stage))
+            assert done.returncode == 0, done.stderr
     finally:
         process.kill()
         process.communicate()
-    assert guard(command(run, stage="evaluate")).returncode == 0
 
 
 def test_a_damaged_teacher_is_not_reused(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ``metrics.jsonl`` tells of a run, thinned to what a drawing can show."""
+"""What ``metrics.jsonl`` and the files of ``metrics/`` tell of a run, thinned to what a drawing can show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+from distill.run_folder import METRICS, METRICS_OF_WORKERS
+
 POINTS = 160
 """At most so many points of a curve are kept: means over equal parts of the steps."""
 
@@ -26,24 +27,33 @@ def read_history(run: Path) -> dict[tuple[str, str], Curve]:
         at each step; a step that was repeated after an interruption counts as it was last. Tests are left out.
         Empty when nothing was written.
     """
-    path = run / METRICS
-    if not path.is_file():
-        return {}
     found: dict[tuple[str, str], dict[tuple[str, float], float]] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
-            line = _parsed(text)
-            stage, series, step = line.get("stage"), line.get("series", ""), line.get("step")
-            if stage not in ("teacher", "distilled", "student") or series == "test" or not _number(step):
-                continue
-            step = float(step or 0)
-            for name, value in line.items():
-                if name not in ("stage", "series", "step", "time") and _number(value):
-                    found.setdefault((stage, name), {})[str(series), step] = float(value)
+    for line in read_lines(run):
+        stage, series, step = line.get("stage"), line.get("series", ""), line.get("step")
+        if stage not in ("teacher", "distilled", "student") or series == "test" or not _number(step):
+            continue
+        step = float(step or 0)
+        for name, value in line.items():
+            if name not in ("stage", "series", "step", "time") and _number(value):
+                found.setdefault((stage, name), {})[str(series), step] = float(value)
     return {key: _thinned(_mean_over_series(values)) for key, values in found.items()}
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def metrics_files(run: Path) -> list[Path]:
+    """The files that hold numbers of a run: ``metrics.jsonl``, and one for each worker and series."""
+    return [path for path in (run / METRICS, *sorted((run / METRICS_OF_WORKERS).glob("*.jsonl"))) if path.is_file()]
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    """Every line of a run, in the order of time: with stage, series and step the same, a later one counts."""
+    lines = []
+    for path in metrics_files(run):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines += [line for text in file if (line := parsed(text))]
+    return sorted(lines, key=lambda line: line["time"] if _number(line.get("time")) else 0.0)
+
+
+def parsed(text: str) -> dict[str, Any]:
     """One line; an empty one where a kill has left half a line."""
     try:
         line = json.loads(text)

@@ -15,6 +15,7 @@ from distill.report import sections
 from distill.report.charts import accuracy_plots, read_all_spectra, spectrum_plots, training_plots
 from distill.report.comparison import compare_groups
 from distill.report.groups import Group, each_alone, group_runs
+from distill.report.history import metrics_files
 from distill.report.plots import DARK_PALETTE, DASHED, PALETTE, Plot, svg
 from distill.report.runs import IncompleteRun, Run, find_runs
 from distill.report.thumbnails import BUDGET, distilled_sheet, film_sheet
@@ -25,7 +26,6 @@ SOURCES: tuple[str, ...] = (
     "results.json",
     "config.yaml",
     "provenance.json",
-    "metrics.jsonl",
     "distilled/manifest.json",
 )
 SOURCES += ("teacher/manifest.json", "labels/manifest.json", "student/manifest.json", "spectrum/manifest.json")
@@ -59,6 +59,7 @@ def write_page(path: Path, folders: Sequence[str | Path]) -> bool:
 def inputs_digest(runs: Sequence[Run], incomplete: Sequence[IncompleteRun] = ()) -> str:
     """Changes with every file that the page is made from, its own programs included."""
     files = [[name, _digest(run.path / name)] for run in runs for name in SOURCES]
+    files += [[path.name, _digest(path)] for run in runs for path in metrics_files(run.path)]
     own = [[file.name, file_digest(file)] for file in sorted(HERE.iterdir()) if file.is_file()]
     return digest([files, own, __version__, list(map(str, incomplete))])
 

@@ -58,8 +58,11 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[IncompleteRu
     return finished, incomplete
 
 
-def run_folders(paths: Iterable[str | Path]) -> list[Path]:
+def run_folders(paths: Iterable[str | Path], *, none: bool = False) -> list[Path]:
     """The run folders among or in the given folders, finished or not.
+
+    Args:
+        none: a folder may hold no run.
 
     Raises:
         ArtifactError: a folder does not exist or holds no run.
@@ -69,7 +72,7 @@ def run_folders(paths: Iterable[str | Path]) -> list[Path]:
         if not path.is_dir():
             raise ArtifactError(f"The run folder {path} does not exist.")
         folders = [path] if _is_run(path) else sorted(folder for folder in path.iterdir() if _is_run(folder))
-        if not folders:
+        if not folders and not none:
             raise ArtifactError(
                 f"{path} holds no run: neither it nor a folder in it has a results.json or config.yaml."
             )

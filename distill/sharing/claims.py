@@ -12,6 +12,9 @@ from pathlib import Path
 
 from distill.files import NO_LINKS, listed
 
+CLAIMS = ".claims"
+"""The folder of the claims in an artifact."""
+
 
 class Claims:
     """The claims of one artifact.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from distill.files import digest, listed, read_json
 from distill.run_folder import Artifact
-from distill.sharing.claims import Claims
-from distill.sharing.records import Record, read_records
-from distill.sharing.sharing import CLAIMS, MANIFEST, PLAN
+from distill.sharing.claims import CLAIMS, Claims
+from distill.sharing.records import Record, read_record, read_records, record_path
+from distill.sharing.search import HOLDERS, MANIFEST
+from distill.sharing.sharing import PLAN
 from distill.sharing.worker import WORKERS
 
 LATEST = 5
@@ -122,17 +124,41 @@ def artifact_state(run: Path, name: str) -> ArtifactState:
 
 
 def units_left(run: Path, artifact: Artifact) -> str:
-    """One line about an artifact that this worker leaves before it is complete."""
-    state = artifact_state(run, artifact.kind)
-    if state.state == "complete":
-        return "complete"
-    if state.making:
-        rest = f"other workers are making {state.making}"
-    elif any(worker.state == "alive" for worker in state.workers):
-        rest = "another worker is finishing it"
-    else:
-        rest = DESERTED
-    return f"has {state.done} of {state.total} units; {rest}: guard status {run}"
+    """One line about an artifact that this worker leaves before it is complete.
+
+    Where many units are in the hands of others, a few of these are asked whether they live.
+    """
+    name, rest = artifact.kind, ""
+    with contextlib.suppress(FileNotFoundError):
+        units: list[str] = read_json(run / name / PLAN)["units"]
+        held, present = Claims(run / name / CLAIMS).held(), listed(run / name)
+        left = [unit for unit in units if unit in held and unit not in present]
+        asked = random.sample(left, min(HOLDERS, len(left)))
+        total, done, alive = len(units), sum(unit in present for unit in units), _living(run, name, held, asked)
+        if alive:
+            rest = f"other workers are making {alive + len(left) - len(asked)}"
+        elif MANIFEST in held and _living(run, name, held, [MANIFEST]):
+            rest = "another worker is finishing it"
+    if not rest:
+        # Seldom: all that were asked are dead, or the last unit has just been published, or the manifest.
+        state = artifact_state(run, name)
+        if state.state == "complete":
+            return "complete"
+        total, done = state.total, state.done
+        if state.making:
+            rest = f"other workers are making {state.making}"
+        else:
+            living = any(worker.state == "alive" for worker in state.workers)
+            rest = "another worker is finishing it" if living else DESERTED
+    return f"has {done} of {total} units; {rest}: guard status {run}"
+
+
+def _living(run: Path, name: str, held: Mapping[str, int], units: Sequence[str]) -> int:
+    """How many of these units that are claimed are in living hands."""
+    claims = Claims(run / name / CLAIMS)
+    holders = [claims.holder(unit, held[unit])[0] for unit in units]
+    records, now = [read_record(record_path(run, name, holder)) for holder in holders], _now(run)
+    return sum(record is not None and record.state(now) == "alive" for record in records)
 
 
 def _held(folder: Path, wanted: set[str]) -> Iterator[tuple[str, str]]:

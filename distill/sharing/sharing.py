@@ -1,33 +1,31 @@
 """The work on one artifact that any number of processes share: units are claimed, made, published and counted.
 
-There is no server and no lock, and nobody waits for another: a unit is the first free one, or one whose worker is dead.
+There is no server and no lock, and nobody waits for another: a unit is a free one, or one whose worker is dead.
 A unit is done when its file is there. The manifest is the last unit: who takes it finishes the artifact, so what it
 says must not depend on who that is. Made twice is harmless: the first publication stays.
 """
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from distill.errors import ArtifactError
-from distill.files import digest, json_text, listed, place_first, remove, write_atomic, write_first
+from distill.files import digest, json_text, listed, place_first, write_atomic, write_first
 from distill.progress import Progress
 from distill.provenance import Provenance
 from distill.run_folder import Artifact
-from distill.sharing.claims import Claims
-from distill.sharing.records import provenance_entries, read_record, read_records, record_path
+from distill.sharing.claims import CLAIMS, Claims
+from distill.sharing.records import provenance_entries, read_records
+from distill.sharing.search import MANIFEST, Search
+from distill.sharing.sweep import sweep
 from distill.sharing.worker import Worker
 
-MANIFEST = "manifest.json"
-CLAIMS, PLAN, PRIVATE = ".claims", ".units.json", ".making-"
-FIRST_WAIT, LONGEST_WAIT = 0.25, 3.0
-"""Seconds between two looks of a worker that waits for others; they double."""
+PLAN, PRIVATE = ".units.json", ".making-"
 Make = Callable[[int, Path, Progress], None]
 """(position of the unit, file to write, progress to be told of the unit's own steps)."""
 
@@ -39,7 +37,8 @@ class Sharing:
         run: the run folder.
         artifact: what is made; begun.
         worker: this worker, at work.
-        wait: stay until the artifact is complete; else leave when everything that is left is in living hands.
+        wait: stay until the artifact is complete; else leave when what is left is in living hands, as far as is asked:
+            a few of many are asked, and as these will ask in their turn, the last that lives leaves no unit of a dead.
         quiet: show no progress.
         beside: files outside the artifact that the finisher writes too; they must be there for it to be finished.
     """
@@ -87,30 +86,33 @@ class Sharing:
         """
         self.units, numbers = units, {name: number for number, name in enumerate(units)}
         self._open()
-        counted = sum(name in numbers for name in listed(self.folder))
-        total, wait = len(units) * steps, FIRST_WAIT
+        search = Search(self.run, self.folder, self.claims, units, self.worker, self.token)
+        present, pauses = search.look(), search.pauses()
+        total, counted = len(units) * steps, search.done()
         try:
             with Progress(total, description, step, done=counted * steps, quiet=self.quiet or quiet) as progress:
-                while not self.finished():
-                    present = listed(self.folder)
-                    others = sum(name in present for name in units) - counted
+                while not self.finished(present):
+                    taken = self._claim(search.free) or self._claim(search.deserted)
+                    if taken is None and not self.wait:
+                        return
+                    if taken is None:
+                        time.sleep(next(pauses))
+                    # On and on without another look while units are known that nobody has.
+                    while taken is not None:
+                        if taken == MANIFEST:
+                            self._finish(finish)
+                        else:
+                            counted += self._make(taken, numbers[taken], make, progress)
+                            pauses = search.pauses()
+                        taken = None if search.old else self._claim(search.free)
+                    present = search.look()
+                    others = search.done() - counted
                     if others > 0:
                         counted += others
                         progress.update(others * steps)
-                    taken = self._claim([name for name in units if name not in present] or [MANIFEST])
-                    if taken == MANIFEST:
-                        self._finish(finish)
-                    elif taken is not None:
-                        counted += self._make(taken, numbers[taken], make, progress)
-                        wait = FIRST_WAIT
-                    elif self.wait:
-                        time.sleep(wait)
-                        wait = min(2 * wait, LONGEST_WAIT)
-                    else:
-                        return
         finally:
             shutil.rmtree(self.private, ignore_errors=True)
-        self._sweep()
+        sweep(self.run, self.artifact, self.worker)
 
     def _open(self) -> None:
         """Make the folders of claims and of unfinished files, the list of units, and what this worker claims with."""
@@ -124,26 +126,19 @@ class Sharing:
             if not self.finished():
                 raise
 
-    def finished(self) -> bool:
-        """Whether the artifact is complete, and what is made beside it too."""
-        return MANIFEST in listed(self.folder) and all(path.name in listed(path.parent) for path in self.beside)
+    def finished(self, present: Collection[str] | None = None) -> bool:
+        """Whether the artifact is complete, and what is made beside it too.
 
-    def _claim(self, wanted: Sequence[str]) -> str | None:
-        """The first of the wanted units that nobody has, or whose worker is dead; None when all are in living hands."""
+        Args:
+            present: the names in its folder, where they have just been listed.
+        """
+        present = listed(self.folder) if present is None else present
+        return MANIFEST in present and all(path.name in listed(path.parent) for path in self.beside)
+
+    def _claim(self, attempt: Callable[[], str | None]) -> str | None:
+        """A unit, or the manifest, that this attempt gives this worker; None when it gives none."""
         try:
-            held = self.claims.held()
-            for unit in wanted:
-                if unit not in held and self.claims.take(unit, 0, self.token):
-                    return unit
-            dead: dict[str, bool] = {}
-            for unit in wanted:
-                if unit not in held:
-                    continue
-                holder, claimed = self.claims.holder(unit, held[unit])
-                if holder not in dead or not holder:
-                    dead[holder] = self._dead(holder, claimed)
-                if dead[holder] and self.claims.take(unit, held[unit] + 1, self.token):
-                    return unit
+            return attempt()
         except FileNotFoundError:
             # Another worker has finished and swept; or somebody has removed the folder by hand.
             if not self.finished():
@@ -154,19 +149,9 @@ class Sharing:
                 raise
         return None
 
-    def _dead(self, holder: str, claimed: float) -> bool:
-        if holder == self.worker.id:
-            # Made and published, and then removed by hand.
-            return True
-        now = self.worker.now()
-        if not holder:
-            return now - claimed > self.worker.lease
-        record = read_record(record_path(self.run, self.artifact.kind, holder))
-        return record is None or record.state(now) != "alive"
-
     def _make(self, unit: str, number: int, make: Make, progress: Progress) -> bool:
-        # Published by a worker that has ended since this one looked.
-        if unit in listed(self.folder):
+        # The others have finished and swept, and one that came too late has made its folder of claims again.
+        if (self.folder / unit).exists():
             return False
         began, path = self.worker.seconds, self.private / unit
         try:
@@ -219,16 +204,3 @@ class Sharing:
             # So slow that it was taken for dead: another has finished, and swept the manifest under its passing name.
             if not self.finished():
                 raise
-
-    def _sweep(self) -> None:
-        """Remove the claims, and what workers that died have left."""
-        self.artifact.sweep()
-        now = self.worker.now()
-        for path in self.worker.path.parent.glob(f".{self.artifact.kind}-*.tmp"):
-            worker = path.name.removeprefix(f".{self.artifact.kind}-").partition(".json.")[0]
-            record = read_record(record_path(self.run, self.artifact.kind, worker))
-            with contextlib.suppress(FileNotFoundError):
-                # Without a record it is of a worker that just begins, or died when it began.
-                age = now - path.stat().st_mtime
-                if age > self.worker.lease if record is None else record.state(now) != "alive":
-                    remove([path])

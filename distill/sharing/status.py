@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.files import listed
@@ -12,8 +12,11 @@ from distill.sharing.progress import DESERTED, ArtifactState, WorkerState, artif
 COLUMNS = ("worker", "hardware", "state", "units", "twice", "busy", "working on")
 
 
-def describe(run: Path) -> str:
+def describe(run: Path, trainings: Mapping[str, str] | None = None) -> str:
     """How far every stage of a run is; of those that are shared also who does what.
+
+    Args:
+        trainings: artifact → where its training is; told of those that are not complete.
 
     Raises:
         ArtifactError: a JSON file of the run is damaged.
@@ -21,7 +24,8 @@ def describe(run: Path) -> str:
     states = [artifact_state(run, name) for name in STAGES]
     lines = [str(run)]
     for state in states:
-        lines.append(f"  {state.name:10}{_summary(state)}")
+        training = (trainings or {}).get(state.name, "") if state.state == "in progress" else ""
+        lines.append(f"  {state.name:10}{', '.join(filter(None, (_summary(state), training)))}")
         lines += _table(state.workers)
     lines.append(f"  results   {'complete' if 'results.json' in listed(run) else 'not there'}")
     return "\n".join(lines)

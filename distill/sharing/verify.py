@@ -8,7 +8,7 @@ from pathlib import Path
 from distill.errors import ArtifactError
 from distill.files import digest, file_digest, listed, read_json, tensor_entries
 from distill.run_folder import RESULTS, STAGES, parts_of
-from distill.sharing.sharing import MANIFEST
+from distill.sharing.search import MANIFEST
 
 AGAIN = "run the same command again"
 

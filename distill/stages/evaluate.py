@@ -32,6 +32,7 @@ from distill.robustness.suite import plan
 from distill.run_folder import RESULTS, read_manifest
 from distill.stages.student import load_student
 from distill.stages.work import Work
+from distill.training.monitor import SHOWN
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def run(work: Work) -> None:
         write_json(work.run / RESULTS, results)
         work.artifact.finish()
         _show(work, results)
+        if work.config.monitor.tensorboard:
+            work.monitor.images(0, "images", testing.images(0).images[:SHOWN])
 
     work.share([outcome.file for outcome in outcomes], make, finish, "evaluate", "outcome", quiet=True)
 

@@ -14,6 +14,7 @@ from distill.data.labels import build_codec, epochs_stored
 from distill.models import Inference, Normalize, load_teacher
 from distill.progress import Progress
 from distill.stages.work import Work
+from distill.training.monitor import SHOWN
 from distill.training.processes import deterministic
 
 
@@ -40,6 +41,7 @@ def run(work: Work) -> None:
 
     def finish() -> None:
         _finish(work, store, distilled)
+        work.monitor.images(0, "views", views.batch(0, views.order(0)[:SHOWN]).images)
 
     files = [store.path(epoch).name for epoch in range(epochs_stored(config.relabel))]
     work.share(files, make, finish, "relabel", "epoch")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +19,12 @@ from distill.data.view_loader import Teacher, ViewLoader
 from distill.files import load_tensors, save_tensors
 from distill.losses import soft_label_kl
 from distill.models import Inference, Normalize, build_network, load_teacher
+from distill.progress import Progress
 from distill.randomness import seed_for
 from distill.stages.work import Work
+from distill.training.checkpoint import Overtaken
 from distill.training.engine import Task
 from distill.training.loop import train
-from distill.training.processes import Processes
 from distill.training.schedule import build_optimizer
 from distill.training.torch_engine import TorchEngine
 
@@ -49,21 +54,28 @@ class StudentTask(Task):
 
 
 def run(work: Work) -> None:
-    """Make ``student/``: the weights of one student for each seed. Ranks share the seeds."""
-    config, processes = work.config, work.processes
-    distilled = DistilledSet.open(work.run, processes.device)
-    alone = dataclasses.replace(processes, rank=0, world_size=1)
-    for number in processes.share(len(config.evaluate.seeds)):
-        seed = config.evaluate.seeds[number]
-        if not (work.folder / weights_file(seed)).is_file():
-            network = _train(work, distilled, seed, alone)
-            save_tensors(work.folder / weights_file(seed), network.state_dict())
-    processes.barrier()
-    if processes.main:
-        work.artifact.finish(network=dataclasses.asdict(config.student), seeds=config.evaluate.seeds)
-        for seed in config.evaluate.seeds:
-            work.checkpoint(f"-seed{seed}").remove()
-    processes.barrier()
+    """Make ``student/``: the weights of one student for each seed. Workers share the seeds."""
+    config, seeds = work.config, work.config.evaluate.seeds
+
+    @functools.cache
+    def distilled() -> DistilledSet:
+        # A worker that finds no seed needs none.
+        return DistilledSet.open(work.run, work.processes.device)
+
+    def make(number: int, path: Path, progress: Progress) -> None:
+        try:
+            save_tensors(path, _train(work, distilled(), seeds[number]).state_dict())
+        except Overtaken:
+            # This worker was suspended, and the one that went on from its checkpoint has published.
+            shutil.copyfile(work.folder / weights_file(seeds[number]), path)
+        progress.update()
+
+    def finish() -> None:
+        for seed in seeds:
+            load_student(work, seed)
+        work.artifact.finish(network=dataclasses.asdict(config.student), seeds=seeds)
+
+    work.share([weights_file(seed) for seed in seeds], make, finish, "students", "student", quiet=True)
 
 
 def weights_file(seed: int) -> str:
@@ -92,8 +104,10 @@ def _online_teacher(work: Work, distilled: DistilledSet, normalize: Normalize) -
     return Inference(network, normalize, precision=relabel.precision, compiled=relabel.compile, batch_size=batch_size)
 
 
-def _train(work: Work, distilled: DistilledSet, seed: int, processes: Processes) -> nn.Module:
-    config, device = work.config, processes.device
+def _train(work: Work, distilled: DistilledSet, seed: int) -> nn.Module:
+    """One student; trained by this process alone, whatever others do."""
+    config, device = work.config, work.processes.device
+    processes = dataclasses.replace(work.processes, rank=0, world_size=1)
     normalize = Normalize(distilled.mean, distilled.std).to(device)
     views = Views(distilled.images, distilled.labels, config.relabel, config.seed)
     labels: SoftLabelStore | None = None
@@ -108,14 +122,15 @@ def _train(work: Work, distilled: DistilledSet, seed: int, processes: Processes)
     optimizer, schedule = build_optimizer(network, config.evaluate, config.relabel.epochs, len(loader))
     engine = TorchEngine(processes)
     engine.prepare(StudentTask(network.train(), normalize, config.evaluate.temperature), optimizer, schedule)
-    train(
-        engine,
-        loader,
-        config.relabel.epochs,
-        work.checkpoint(f"-seed{seed}", processes),
-        work.monitor,
-        description=f"student {seed}",
-        series=f"seed{seed}",
-        every=config.monitor.every,
-    )
+    checkpoint = work.checkpoint(f"-seed{seed}", processes, work.folder / weights_file(seed))
+    with contextlib.closing(work.series(f"seed{seed}")) as monitor:
+        train(
+            engine,
+            loader,
+            config.relabel.epochs,
+            checkpoint,
+            monitor,
+            description=f"student {seed}",
+            every=config.monitor.every,
+        )
     return engine.trained_network()

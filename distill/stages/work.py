@@ -13,8 +13,9 @@ from distill.progress import Progress
 from distill.run_folder import Artifact
 from distill.sharing import Make, Sharing
 from distill.training.checkpoint import Checkpoint
-from distill.training.monitor import NullMonitor
+from distill.training.monitor import Monitor, NullMonitor
 from distill.training.processes import Processes
+from distill.training.worker_events import show_workers
 
 if TYPE_CHECKING:
     from distill.data.catalogue import PreparedSet
@@ -60,18 +61,27 @@ class Work:
     ) -> None:
         """Make those units of a shared stage that no other worker makes; see ``Sharing.work``."""
         assert self.sharing is not None, "the stage is listed as shared"
-        record = self.sharing.worker.record
+        record, tensorboard = self.sharing.worker.record, self.config.monitor.tensorboard
 
         def make_and_note(number: int, path: Path, progress: Progress) -> None:
             make(number, path, progress)
             if RUN_EAGERLY:
                 record["environment"]["not_compiled"] = dict(RUN_EAGERLY)
 
-        self.sharing.work(units, make_and_note, finish, description, step, steps, quiet)
+        def finish_and_show() -> None:
+            finish()
+            if tensorboard:
+                show_workers(self.run)
 
-    def checkpoint(self, label: str = "", processes: Processes | None = None) -> Checkpoint:
-        """The checkpoints of a training of this stage."""
-        monitor = self.config.monitor
-        return Checkpoint(
-            self.folder, processes or self.processes, label, monitor.checkpoint_minutes, monitor.keep_checkpoints
-        )
+        self.sharing.work(units, make_and_note, finish_and_show, description, step, steps, quiet)
+
+    def checkpoint(self, label: str = "", processes: Processes | None = None, result: Path | None = None) -> Checkpoint:
+        """The checkpoints of a training of this stage; see ``Checkpoint``."""
+        minutes, keep = self.config.monitor.checkpoint_minutes, self.config.monitor.keep_checkpoints
+        return Checkpoint(self.folder, processes or self.processes, label, minutes, keep, result)
+
+    def series(self, name: str) -> NullMonitor:
+        """Where the numbers of one unit of a shared stage go that is told of while it is made."""
+        assert self.sharing is not None, "the stage is listed as shared"
+        tensorboard = self.config.monitor.tensorboard
+        return Monitor(self.run, self.artifact.kind, tensorboard, series=name, writer=self.sharing.worker.id)

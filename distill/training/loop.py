@@ -11,7 +11,7 @@ from distill.progress import Progress
 from distill.training.checkpoint import Checkpoint
 from distill.training.engine import Engine
 from distill.training.health import Health, short
-from distill.training.monitor import NullMonitor
+from distill.training.monitor import SHOWN, NullMonitor
 from distill.training.preemption import deferred
 
 
@@ -23,7 +23,6 @@ def train(
     monitor: NullMonitor,
     *,
     description: str,
-    series: str = "",
     every: int = 20,
 ) -> None:
     """Train to the end, from the latest checkpoint if there is one.
@@ -34,15 +33,16 @@ def train(
         engine: prepared with a task.
         loader: gives the batches of one epoch.
         description: name on the progress bar.
-        series: leads the names of the recorded numbers.
         every: steps between two records.
 
     Raises:
         Preempted: after a signal, on all ranks.
+        Overtaken: another worker has made the checkpoint's result.
     """
     processes = checkpoint.processes
     with deferred() as told:
         checkpoint.restore(engine, loader)
+        monitor.resumed(engine.step_count)
         first = int(loader.state_dict()["epoch"])
         total = epochs * len(loader)
         with Progress(total, description, "step", done=engine.step_count, quiet=not processes.main) as progress:
@@ -53,13 +53,15 @@ def train(
                 asked = time.monotonic()
                 for batch in loader:
                     health.count(len(batch), time.monotonic() - asked)
+                    if engine.step_count == 0:
+                        monitor.images(0, "images", batch.images[:SHOWN])
                     last = loader.state_dict()["position"] == len(loader)
                     answer = processes.agree(told(), checkpoint.due(epoch_ends=last))
                     rate = engine.learning_rate
                     terms = engine.step(batch)
                     if engine.step_count % every == 0 or engine.step_count == total:
-                        values = health.record(terms, rate)
-                        monitor.scalars(engine.step_count, values, series)
+                        values = {**health.record(terms, rate), "epoch": engine.step_count / len(loader)}
+                        monitor.scalars(engine.step_count, values)
                         progress.update(0, **short(values))
                     progress.update()
                     stop, due = answer()
@@ -67,5 +69,7 @@ def train(
                         checkpoint.save(engine, loader)
                     if stop:
                         raise Preempted
+                    if due:
+                        checkpoint.check_wanted()
                     asked = time.monotonic()
         checkpoint.save(engine, loader)

@@ -1,22 +1,34 @@
-"""What a person can watch: ``metrics.jsonl``, TensorBoard, and a line on the terminal."""
+"""What a person can watch: ``metrics.jsonl`` and TensorBoard.
+
+Every file has one writer. What one process tells at a time, the only one or the one that finishes, is in
+``metrics.jsonl``; a series that many workers tell of at the same time has files of its own, ``metrics/*.jsonl``. In all
+of them the later line counts where stage, series and step are the same.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-METRICS = "metrics.jsonl"
+from distill.run_folder import METRICS, METRICS_OF_WORKERS, TENSORBOARD, numbered
+
+SHOWN = 20
+"""So many images tell what a stage works on."""
 
 
 class NullMonitor:
     """Says nothing; for the ranks other than 0."""
+
+    def resumed(self, step: int) -> None:
+        """Before anything is told: what was told of later steps than this one before a kill counts no more."""
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
         """Record named numbers of one step."""
@@ -32,76 +44,75 @@ class NullMonitor:
 
 
 class Monitor(NullMonitor):
-    """Writes the numbers of one stage.
+    """Writes the numbers of one stage; files are opened when something is told.
 
     Args:
         run: the run folder.
-        stage: name of the stage; it leads every tag.
-        tensorboard: also write event files under ``run/tensorboard/<stage>``.
+        stage: the artifact that the stage makes; it leads every tag, with its number.
+        tensorboard: also write event files, under ``run/tensorboard/<stage>[/<series>]``.
+        series: one of several of the stage that are told by different processes.
+        writer: name of this process among all that tell of that series.
+        anew: everything of the stage is told; what is there is of a process that was killed while it did so.
     """
 
-    def __init__(self, run: Path, stage: str, tensorboard: bool = True):
-        self.run, self.stage = run, stage
-        self.writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        run: Path,
+        stage: str,
+        tensorboard: bool = True,
+        *,
+        series: str = "",
+        writer: str = "",
+        anew: bool = False,
+    ):
+        self.stage, self.series, self.label = stage, series, numbered(stage)
+        self.metrics = run / METRICS_OF_WORKERS / f"{stage}-{series}-{writer}.jsonl" if series else run / METRICS
+        self.folder = run / TENSORBOARD / self.label / series if tensorboard else None
+        self.first = 0 if anew else None
 
-            self.writer = SummaryWriter(str(run / "tensorboard" / stage))
-        path = run / METRICS
-        # A run that was killed may have left half a line.
-        self.file = open(path, "a+", buffering=1)  # noqa: SIM115
-        if self.file.tell() and not _ends_a_line(path):
-            self.file.write("\n")
+    def resumed(self, step: int) -> None:
+        self.first = step + 1 if step else 0
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
-        line = {"stage": self.stage, "series": prefix, "step": step, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        if self.writer is not None:
+        series = self.series or prefix
+        line = {"stage": self.stage, "series": series, "step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        if self._events is not None:
             for name, value in values.items():
-                self.writer.add_scalar("/".join(filter(None, (self.stage, prefix, name))), value, step)
+                self._events.add_scalar("/".join(filter(None, (self.label, prefix, name))), value, step)
 
     def images(self, step: int, name: str, images: Tensor) -> None:
-        if self.writer is not None:
+        if self._events is not None:
             picture = images if images.dim() == 3 else _grid(images)
-            self.writer.add_image(f"{self.stage}/{name}", picture, step)
+            self._events.add_image(f"{self.label}/{name}", picture, step)
 
     def text(self, name: str, markdown: str) -> None:
-        if self.writer is not None:
-            self.writer.add_text(f"{self.stage}/{name}", markdown, 0)
+        if self._events is not None:
+            self._events.add_text(f"{self.label}/{name}", markdown, 0)
 
     def close(self) -> None:
-        self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        if "_file" in self.__dict__:
+            self._file.close()
+        if self.__dict__.get("_events") is not None:
+            self._events.close()
 
+    @functools.cached_property
+    def _file(self) -> TextIO:
+        self.metrics.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.metrics, "a+", buffering=1)  # noqa: SIM115
+        # A run that was killed may have left half a line.
+        if file.tell() and not _ends_a_line(self.metrics):
+            file.write("\n")
+        return file
 
-class LateMonitor(NullMonitor):
-    """A monitor that is opened when it is first told something: of many workers only the one that finishes does.
+    @functools.cached_property
+    def _events(self) -> Any:
+        if self.folder is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
 
-    Args:
-        run, stage, tensorboard: as for ``Monitor``.
-    """
-
-    def __init__(self, run: Path, stage: str, tensorboard: bool = True):
-        self.settings = run, stage, tensorboard
-        self.opened: Monitor | None = None
-
-    def scalars(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
-        self._open().scalars(step, values, prefix)
-
-    def images(self, step: int, name: str, images: Tensor) -> None:
-        self._open().images(step, name, images)
-
-    def text(self, name: str, markdown: str) -> None:
-        self._open().text(name, markdown)
-
-    def close(self) -> None:
-        if self.opened is not None:
-            self.opened.close()
-
-    def _open(self) -> Monitor:
-        self.opened = self.opened or Monitor(*self.settings)
-        return self.opened
+        # TensorBoard drops what it has read of this step and later ones.
+        return SummaryWriter(str(self.folder), purge_step=self.first)
 
 
 def open_monitor(run: Path, stage: str, *, main: bool, tensorboard: bool = True) -> NullMonitor:

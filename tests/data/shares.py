@@ -1,4 +1,7 @@
-"""One rank of ``test_loader_processes.py``: writes down which images each of its batches shows, and their bytes."""
+"""One rank of ``test_loader_processes.py``: writes down which images each of its batches shows, and their bytes.
+
+The ranks need nothing of each other, so that each is that rank of every world size, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,7 @@ def describe(batch: Batch) -> list[object]:
     return [batch.indices.tolist(), hashlib.sha256(batch.images.contiguous().numpy().tobytes()).hexdigest()]
 
 
-def main(folder: str, out: str, kinds: str) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def main(folder: str, out: str, kinds: str, rank: int, world_size: int) -> None:
     prepared = PreparedSet.open(Path(folder))
     ranks = {"rank": rank, "world_size": world_size}
     found = {}
@@ -47,8 +49,9 @@ def main(folder: str, out: str, kinds: str) -> None:
                     resumed.load_state_dict({"epoch": 1, "position": position})
                     rest = [describe(batch) for batch in resumed]
                     found[f"{kind}/{size}/{batch_size}/{drop_last}"] = [epochs, position, rest]
-    Path(out, f"{rank}.json").write_text(json.dumps(found))
+    Path(out, f"{world_size}-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for count in range(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]) + 1):
+        main(*sys.argv[1:], int(os.environ["RANK"]), count)

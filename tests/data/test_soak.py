@@ -33,7 +33,7 @@ def samples(tmp_path_factory):
 def test_memory_is_flat_and_nothing_leaks(samples, kind):
     configure(samples, kind, "dataset.image_size=224")
     seconds = float(os.environ.get("GUARD_SOAK_SECONDS", "600")) / len(KINDS)
-    done = guard([sys.executable, "-m", "tests.data.soak", kind, str(samples.folder), str(seconds)])
+    done = guard([sys.executable, "-m", "tests.data.soak", kind, str(samples.folder), str(seconds)], fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)

@@ -27,7 +27,7 @@ from distill.data.labels.topk import TopK
 from distill.data.view_loader import ViewLoader
 from distill.errors import ArtifactError, ConfigError, NonFiniteError
 from distill.files import save_tensors
-from tests.running import SMALL, command, torchrun
+from tests.running import SMALL, command, ranks
 
 CODECS = {
     "float16": RelabelConfig(),
@@ -470,6 +470,6 @@ def test_labels_are_the_same_bytes_after_a_kill_and_from_any_number_of_workers(d
     assert guard(distilled, "one", "relabel", *options) == 0
     assert content(folder) == whole
     shared = copied(distilled, "two")
-    done = torchrun(2, command(distilled, *RUN[len(SMALL) :], *options, name="two", stage="relabel"))
+    done = ranks(2, command(distilled, *RUN[len(SMALL) :], *options, name="two", stage="relabel"))
     assert done.returncode == 0, done.stderr
     assert content(shared) == whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launchers.torchrun import children, hosts
-from tests.running import command, contents, environment, guard, torchrun
+from tests.running import command, contents, guard, ranks, start
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +25,7 @@ LAUNCHER = ["-m", "launchers.torchrun", "2"]
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of two ranks that nobody disturbs."""
     folder = tmp_path_factory.mktemp("reference")
-    done = torchrun(2, command(folder))
+    done = ranks(2, command(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -42,9 +41,7 @@ class Elastic:
         self.folder = folder
         wanted = command(folder, *overrides, stage=stage)[3:]
         with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, *wanted], stdout=log, stderr=log, env=environment(), start_new_session=True
-            )
+            self.process = start([sys.executable, *launcher, *wanted], stdout=log, stderr=log, new_session=True)
 
     @property
     def log(self) -> str:
@@ -127,7 +124,7 @@ def test_tasks_of_a_step_of_slurm_are_ranks(reference: Path, tmp_path: Path) -> 
     for task in range(2):
         own = {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}
         with (tmp_path / f"log{task}").open("w") as log:
-            tasks.append(subprocess.Popen(wanted, stdout=log, stderr=log, env={**environment(), **step, **own}))
+            tasks.append(start(wanted, stdout=log, stderr=log, **step, **own))
     codes = [task.wait(timeout=300) for task in tasks]
     logs = [(tmp_path / f"log{task}").read_text() for task in range(2)]
     assert codes == [0, 0], logs

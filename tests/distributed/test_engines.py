@@ -10,8 +10,6 @@ import inspect
 import itertools
 import json
 import signal
-import socket
-import subprocess
 import sys
 import time
 from importlib import metadata
@@ -27,7 +25,7 @@ from distill.files import load_tensors
 from distill.training.engine import Engine
 from distill.training.processes import Processes, processes
 from tests.distributed.training_steps import ENGINES, REGULARIZERS, make, shares, weights
-from tests.running import command, environment, guard, torchrun
+from tests.running import command, free_port, guard, start, torchrun
 
 pytestmark = pytest.mark.distributed
 WORLD_SIZES = (1, 2, 4)
@@ -43,14 +41,14 @@ BATCHNORMS = [
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("engines")
-    ports = free_ports(len(WORLD_SIZES))
-    surroundings = {**environment(), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    ports = [free_port() for _ in WORLD_SIZES]
+    surroundings = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank in range(max(WORLD_SIZES)):
             arguments = [sys.executable, "-m", "tests.distributed.engine_worker", str(folder), str(rank), *ports]
             output = stack.enter_context(open(folder / f"{rank}.txt", "w"))
-            ranks.append(subprocess.Popen(arguments, stdout=output, stderr=output, env=surroundings))
+            ranks.append(start(arguments, stdout=output, stderr=output, **surroundings))
             stack.callback(ranks[-1].kill)
         # When one has failed, the others would wait for it.
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
@@ -58,15 +56,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, rank in enumerate(ranks):
         assert not rank.wait() or rank.returncode == -signal.SIGKILL, (folder / f"{number}.txt").read_text()
     return folder
-
-
-def free_ports(count: int) -> list[str]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def flat(path: Path) -> Tensor:

@@ -21,7 +21,7 @@ from distill.errors import exit_code as error_code
 from distill.training.preemption import GRACE
 from launchers.torchrun import children, exit_code
 from launchers.torchrun import main as launch
-from tests.running import command, environment, guard
+from tests.running import command, environment, guard, start
 
 pytestmark = pytest.mark.distributed
 
@@ -50,13 +50,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = command(folder, f"squeeze.epochs={EPOCHS}", "monitor.every=5", *overrides, stage="squeeze")[3:]
         with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "launchers.torchrun", *launcher, str(ranks), *wanted],
-                stdout=output,
-                stderr=output,
-                env=environment(),
-                start_new_session=True,
-            )
+            asked = [sys.executable, "-m", "launchers.torchrun", *launcher, str(ranks), *wanted]
+            self.process = start(asked, stdout=output, stderr=output, new_session=True)
 
     @property
     def steps(self) -> list[int]:
@@ -100,7 +95,7 @@ def kill_the_agent(run: Run) -> None:
     assert len(workers) == 2
     run.process.kill()
     run.process.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):
         assert time.monotonic() < deadline, "orphans hold the run folder"
         time.sleep(0.05)
@@ -207,13 +202,13 @@ def test_plain_torchrun_passes_sigterm_on(tmp_path: Path) -> None:
 def test_plain_torchrun_that_dies_of_a_signal_leaves_the_present_step(tmp_path: Path) -> None:
     """Nobody tells it of SIGUSR2: when a scheduler signals every process, the ranks lose their agent."""
     # Steps of more than a second: an agent that is gone is noticed sooner.
-    options = ["squeeze.epochs=4", "squeeze.batch_size=640", "teacher.width=40", "monitor.checkpoint_minutes=60"]
+    options = ["squeeze.epochs=3", "squeeze.batch_size=640", "teacher.width=40", "monitor.checkpoint_minutes=60"]
     options += ["monitor.every=1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     wanted = [*launcher, *command(tmp_path, *options, stage="squeeze")[1:]]
     metrics = tmp_path / "runs/run/metrics.jsonl"
     with (tmp_path / "torchrun").open("w") as log:
-        agent = subprocess.Popen(wanted, stdout=log, stderr=log, env=environment(), start_new_session=True)
+        agent = start(wanted, stdout=log, stderr=log, new_session=True)
     while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
         assert agent.poll() is None, (tmp_path / "torchrun").read_text()
         time.sleep(0.01)
@@ -221,16 +216,16 @@ def test_plain_torchrun_that_dies_of_a_signal_leaves_the_present_step(tmp_path: 
     assert len(workers) == 2
     for each in (agent.pid, *workers):
         os.kill(each, signal.SIGUSR2)
-    assert agent.wait(timeout=20) == -signal.SIGUSR2
-    deadline = time.monotonic() + 40
+    assert agent.wait(timeout=60) == -signal.SIGUSR2
+    deadline = time.monotonic() + 100
     while any(Path(f"/proc/{worker}/exe").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     run = Run(tmp_path, *options)
     assert run.end() == 0, run.log.read_text()
-    steps = re.search(r"^squeeze: (\d+)/8 step$", run.log.read_text(), re.MULTILINE)
+    steps = re.search(r"^squeeze: (\d+)/6 step$", run.log.read_text(), re.MULTILINE)
     assert steps, run.log.read_text()
-    assert 2 < int(steps[1]) < 8, "the only checkpoint was the answer to the signal"
+    assert 2 < int(steps[1]) < 6, "the only checkpoint was the answer to the signal"
 
 
 @pytest.mark.slow

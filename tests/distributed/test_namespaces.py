@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from distill.errors import LOST_ANOTHER
+from distill.training.meeting import SILENCE
 from launchers.torchrun import children
-from tests.running import command, environment, torchrun
+from tests.running import command, environment, ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -161,7 +162,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     if reason:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("reference")
-    done = torchrun(2, command(folder, *OPTIONS, stage="squeeze"))
+    done = ranks(2, command(folder, *OPTIONS, stage="squeeze"))
     assert done.returncode == 0, done.stderr
     return teacher(folder)
 
@@ -189,6 +190,24 @@ def test_a_cut_of_twenty_seconds_is_waited_out(machines: Machines, reference: by
     machines.mend(number)
     assert machines.end() == [0, 0], machines.logs()
     assert machines.begins() == [0], "it went on where it was"
+    assert teacher(machines.folder) == reference
+
+
+@pytest.mark.slow
+def test_a_longer_cut_ends_the_ranks_and_they_start_again(machines: Machines, reference: bytes) -> None:
+    """The agents wait for each other longer than the ranks."""
+    for each in range(2):
+        machines.start(each)
+    machines.reach(10)
+    machines.cut(1)
+    time.sleep(SILENCE + 15)
+    step = machines.step
+    assert not any(children(agent.pid) for agent in machines.agents.values()), machines.logs()
+    machines.mend(1)
+    assert machines.end() == [0, 0], machines.logs()
+    assert "Nothing was heard from rank 0 for 60 seconds" in machines.log(1).read_text()
+    assert machines.begins() == [0, step]
+    assert step < STEPS
     assert teacher(machines.folder) == reference
 
 
@@ -241,7 +260,7 @@ with meeting.Lifeline(rank, 2, "10.77.0.1", tell, silence=6):
 
 def test_ranks_end_when_the_other_machine_stays_silent(machines: Machines) -> None:
     """Nobody closes a connection when a cable is cut: a collective, which only reads, would wait for ever."""
-    ranks = [
+    both = [
         subprocess.Popen(
             ["ip", "netns", "exec", machines.names[rank], sys.executable, "-c", SILENT, str(rank)],
             stdout=subprocess.PIPE,
@@ -252,7 +271,7 @@ def test_ranks_end_when_the_other_machine_stays_silent(machines: Machines) -> No
         for rank in range(2)
     ]
     try:
-        for rank in ranks:
+        for rank in both:
             assert rank.stdout is not None
             while rank.stdout.readline() not in ("there\n", ""):
                 pass
@@ -260,14 +279,14 @@ def test_ranks_end_when_the_other_machine_stays_silent(machines: Machines) -> No
         time.sleep(3)
         machines.mend(1)
         time.sleep(5)
-        assert [rank.poll() for rank in ranks] == [None, None], "a short cut is waited out"
+        assert [rank.poll() for rank in both] == [None, None], "a short cut is waited out"
         machines.cut(1)
         began = time.monotonic()
-        output = [rank.communicate(timeout=40)[0] for rank in ranks]
+        output = [rank.communicate(timeout=40)[0] for rank in both]
         assert 3 < time.monotonic() - began < 20
-        assert [rank.returncode for rank in ranks] == [LOST_ANOTHER] * 2
+        assert [rank.returncode for rank in both] == [LOST_ANOTHER] * 2
         assert "guard: Nothing was heard from a rank on 10.77.0.2 for 6 seconds; the same command" in output[0]
         assert "guard: Nothing was heard from rank 0 for 6 seconds; the same command" in output[1]
     finally:
-        for rank in ranks:
+        for rank in both:
             rank.kill()

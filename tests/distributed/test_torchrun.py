@@ -20,7 +20,7 @@ from distill.training.processes import Processes
 from distill.training.schedule import build_optimizer
 from distill.training.torch_engine import TorchEngine
 from launchers.torchrun import threads
-from tests.running import SMALL, command, contents, guard, torchrun
+from tests.running import SMALL, command, contents, guard, ranks, torchrun
 
 pytestmark = pytest.mark.distributed
 FROZEN = ["squeeze.epochs=1", "squeeze.batchnorm=frozen", "squeeze.lr=0.001"]
@@ -64,9 +64,8 @@ def test_the_smaller_last_batch_is_shared_by_images(alone: Path, tmp_path: Path)
     initial = alone / "runs/run/teacher/weights.safetensors"
     options = [*FROZEN, f"squeeze.weights={initial}", "squeeze.schedule=constant", "loader.drop_last=false"]
 
-    def squeeze(name: str, ranks: int, *more: str) -> dict[str, torch.Tensor]:
-        arguments = command(tmp_path, *options, *more, name=name, stage="squeeze")
-        done = guard(arguments) if ranks == 1 else torchrun(ranks, arguments)
+    def squeeze(name: str, count: int, *more: str) -> dict[str, torch.Tensor]:
+        done = ranks(count, command(tmp_path, *options, *more, name=name, stage="squeeze"))
         assert done.returncode == 0, done.stderr
         return load_tensors(tmp_path / "runs" / name / "teacher/weights.safetensors")
 
@@ -83,9 +82,8 @@ def test_squeeze_is_the_same_training_on_two_ranks(alone: Path, tmp_path: Path, 
     options = [*FROZEN, f"squeeze.weights={initial}", f"regularizer={regularizer}"]
     options += ["regularizer.h=1.5", "regularizer.weight=0.5"]
 
-    def squeeze(name: str, ranks: int, *more: str) -> dict[str, torch.Tensor]:
-        arguments = command(tmp_path, *options, *more, name=name, stage="squeeze")
-        done = guard(arguments) if ranks == 1 else torchrun(ranks, arguments)
+    def squeeze(name: str, count: int, *more: str) -> dict[str, torch.Tensor]:
+        done = ranks(count, command(tmp_path, *options, *more, name=name, stage="squeeze"))
         assert done.returncode == 0, done.stderr
         return load_tensors(tmp_path / "runs" / name / "teacher/weights.safetensors")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.running import command, contents, environment
+from tests import running
+from tests.running import Started, command, contents
 
 OPTIONS = ["relabel.epochs=60"]
 """Of every run that is compared with the whole one."""
@@ -22,20 +22,14 @@ MOMENTS = {
 """Stage → what is there while it is under way."""
 
 
-def start(folder: Path, arguments: Sequence[str] | None = None) -> subprocess.Popen[str]:
+def start(folder: Path, arguments: Sequence[str] | None = None, fresh: bool = False) -> Started:
     """A run in a process group of its own, which writes to ``folder/log``."""
-    log = (folder / "log").open("a")
-    return subprocess.Popen(
-        arguments or command(folder, *OPTIONS),
-        stdout=log,
-        stderr=log,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    with (folder / "log").open("a") as log:
+        asked = arguments or command(folder, *OPTIONS)
+        return running.start(asked, stdout=log, stderr=log, new_session=True, fresh=fresh)
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:
+def wait_for(process: Started, folder: Path, pattern: str) -> None:
     """Wait until a file of the run is there; the process must not end before."""
     deadline = time.monotonic() + 200
     while not list((folder / "runs/run").glob(pattern)):

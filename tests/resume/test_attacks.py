@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import command, contents, environment, guard, torchrun
+from tests.running import command, contents, guard, ranks, start
 
 OPTIONS = [
     "squeeze.epochs=2",
@@ -32,7 +32,7 @@ OPTIONS = [
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has been evaluated by one process."""
     folder = tmp_path_factory.mktemp("whole")
-    done = guard(command(folder, *OPTIONS))
+    done = guard(command(folder, *OPTIONS), fresh=True)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -58,7 +58,7 @@ def test_batches_and_workers_do_not_matter(trained: Path, tmp_path: Path) -> Non
         folder = tmp_path / f"{processes}"
         run = _again(trained, folder)
         asked = command(folder, *OPTIONS, f"attacks.batch_size={size}", stage="evaluate")
-        done = guard(asked) if processes == 1 else torchrun(processes, asked)
+        done = guard(asked) if processes == 1 else ranks(processes, asked)
         assert done.returncode == 0, done.stderr
         assert _outcomes(run) == whole
 
@@ -71,7 +71,7 @@ def test_killed_at_random_moments(trained: Path, tmp_path: Path) -> None:
     for _ in range(2):
         before = len(list((run / "outcomes").glob("*.safetensors"))) if (run / "outcomes").is_dir() else 0
         wanted = before + dice.randint(1, units // 5)
-        process = subprocess.Popen(asked, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
             there = list((run / "outcomes").glob("*.safetensors")) if (run / "outcomes").is_dir() else []

@@ -13,10 +13,10 @@ import pytest
 
 from tests.data.reading import skip_without
 from tests.resume.interruption import MOMENTS, same, start, wait_for
-from tests.running import command, guard
+from tests.running import Started, command, guard
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Started) -> None:
     """SIGKILL to the whole group: loader workers too."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -77,11 +77,11 @@ def test_a_squeeze_killed_within_an_epoch(tmp_path: Path, name: str) -> None:
 def test_killed_at_a_random_moment(whole: tuple[Path, float], tmp_path: Path, number: int) -> None:
     folder, seconds = whole
     moment = random.Random(number).uniform(0.05, 0.98) * seconds
-    process = start(tmp_path)
+    process = start(tmp_path, fresh=True)
     try:
         process.wait(timeout=moment)
     except subprocess.TimeoutExpired:
         kill(process)
-    again = start(tmp_path)
+    again = start(tmp_path, fresh=True)
     assert again.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     same(tmp_path, folder)

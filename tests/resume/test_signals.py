@@ -20,12 +20,12 @@ from distill.compose import compose
 from distill.data.streaming import read_batches
 from distill.errors import SIGNALS, Preempted
 from tests.resume.interruption import MOMENTS, same, start, wait_for
-from tests.running import command, environment
+from tests.running import Started, command, environment
 
 
-def stopped(process: subprocess.Popen[str], folder: Path) -> str:
+def stopped(process: Started, folder: Path) -> str:
     """Assert that a run has ended as it should after a signal; returns what it wrote, and clears the log."""
-    code, log = process.wait(timeout=60), (folder / "log").read_text()
+    code, log = process.wait(timeout=200), (folder / "log").read_text()
     (folder / "log").unlink()
     assert code == Preempted.exit_code, log
     assert log.splitlines()[-1] == f"guard: {Preempted()}"
@@ -116,7 +116,7 @@ def test_stopped_at_random_moments(whole: tuple[Path, float], tmp_path: Path, nu
     folder, seconds = whole
     moments = random.Random(number)
     for _ in range(4):
-        process = start(tmp_path)
+        process = start(tmp_path, fresh=True)
         try:
             process.wait(timeout=moments.uniform(0, 0.95) * seconds)
         except subprocess.TimeoutExpired:
@@ -131,6 +131,6 @@ def test_stopped_at_random_moments(whole: tuple[Path, float], tmp_path: Path, nu
                 assert (tmp_path / "log").read_text() == ""
                 continue
             stopped(process, tmp_path)
-    again = start(tmp_path)
+    again = start(tmp_path, fresh=True)
     assert again.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     same(tmp_path, folder)

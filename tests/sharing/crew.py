@@ -62,7 +62,19 @@ class Crew:
         self.processes.append(process)
         return process
 
-    def wait_for(self, name: str, seconds: float = 20.0) -> None:
+    @staticmethod
+    def suspended(process: subprocess.Popen[str], seconds: float = 100.0) -> None:
+        """Wait until a worker has suspended itself: only then does it write nothing, and SIGCONT not come too early.
+
+        A path that it made before says neither.
+        """
+        ends = time.monotonic() + seconds
+        while os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is None:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < ends, "the worker did not come to its stop"
+            time.sleep(0.005)
+
+    def wait_for(self, name: str, seconds: float = 100.0) -> None:
         """Wait until a path below the run matches a pattern."""
         ends = time.monotonic() + seconds
         while not list(self.run.glob(name)):
@@ -106,7 +118,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def end(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+def end(process: subprocess.Popen[str], seconds: float = 200) -> tuple[int, str]:
     """Wait for a worker; its exit code and what it said on stderr."""
     said = process.communicate(timeout=seconds)[1]
     return process.returncode, said

@@ -18,21 +18,16 @@ import pytest
 from distill.cli import main
 from distill.files import read_json, write_json
 from distill.sharing import artifact_state
-from tests.running import command, contents, environment, guard
+from tests.running import Started, command, contents, guard, start
 
 UNITS = 6
 OPTIONS = ["squeeze.epochs=1", f"recover.ipc={UNITS}", "recover.iterations=40", "monitor.tensorboard=false"]
 
 
-def recover(folder: Path, *more: str) -> subprocess.Popen[str]:
+def recover(folder: Path, *more: str) -> Started:
     """A worker of its own on a run."""
-    return subprocess.Popen(
-        command(folder, *OPTIONS, *more, stage="recover"),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    asked = command(folder, *OPTIONS, *more, stage="recover")
+    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +63,7 @@ def alone(seen: tuple[Path, int, str]) -> Path:
     return seen[0]
 
 
-def wait_for(worker: subprocess.Popen[str], folder: Path, pattern: str, holds: str = "") -> None:
+def wait_for(worker: Started, folder: Path, pattern: str, holds: str = "") -> None:
     """Wait until a file is there that holds a text; the worker must not end before."""
     deadline = time.monotonic() + 120
     while not any(holds in path.read_bytes().decode(errors="replace") for path in folder.glob(pattern)):
@@ -92,7 +87,7 @@ def same(folder: Path, alone: Path) -> None:
     assert len(theirs) == UNITS + 2
 
 
-def begun(folder: Path, workers: list[subprocess.Popen[str]]) -> None:
+def begun(folder: Path, workers: list[Started]) -> None:
     """Stop each worker as soon as it has begun, before its first unit; it takes long to start."""
     deadline, waiting = time.monotonic() + 120, list(workers)
     while waiting:
@@ -105,7 +100,7 @@ def begun(folder: Path, workers: list[subprocess.Popen[str]]) -> None:
         time.sleep(0.005)
 
 
-def killed(folder: Path, worker: subprocess.Popen[str]) -> None:
+def killed(folder: Path, worker: Started) -> None:
     """Kill a worker in the middle of a unit."""
     run = folder / "runs/run"
     wait_for(worker, run / "distilled", ".claims/unit_*", f"-{worker.pid}-")
@@ -114,7 +109,7 @@ def killed(folder: Path, worker: subprocess.Popen[str]) -> None:
     assert not (run / "distilled/manifest.json").exists()
 
 
-def complete(folder: Path, alone: Path, second: subprocess.Popen[str], third: subprocess.Popen[str]) -> None:
+def complete(folder: Path, alone: Path, second: Started, third: Started) -> None:
     """Assert that these two, another being dead, have made what one worker makes, and that all is noted once."""
     run = folder / "runs/run"
     outputs = [each.communicate(timeout=500) for each in (second, third)]

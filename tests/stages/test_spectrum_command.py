@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from distill.report.spectra import arms, draw_profiles, profile_statements, read
 from distill.robustness import top_eigenvalues
 from distill.robustness.bound import Spectrum
 from distill.run_folder import Artifact, Recipe
-from tests.running import SMALL, environment
+from tests.running import SMALL, start
 
 QUICK = ["squeeze.epochs=1", "recover.iterations=3", "evaluate.labels=hard", "relabel.epochs=2", "evaluate.seeds=[0,1]"]
 UNTESTED = [
@@ -119,7 +118,7 @@ def test_killed_and_continued(measured: tuple[Path, str], tmp_path: Path, capsys
     shutil.copytree(measured[0] / "guard", run, ignore=shutil.ignore_patterns("spectrum"))
     command = [sys.executable, "-m", "distill", "spectrum", str(run), *ASKED]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(), start_new_session=True)
+        process = start(command, stdout=log, stderr=log, new_session=True)
         deadline = time.monotonic() + 120
         while not (run / "spectrum/teacher.safetensors").is_file():
             assert process.poll() is None, (tmp_path / "log").read_text()

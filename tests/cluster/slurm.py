@@ -1,0 +1,289 @@
+"""A real Slurm on one machine: munged, slurmctld and two nodes with slurmd, all below one temporary folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.cluster.machines import NAMESPACES, Machine, run, until, variables
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+HEAD, NODES = "head", ("n1", "n2")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
+PORTS = range(20000, 32000)
+"""Below those that the kernel gives to connections."""
+
+CONFIGURATION = """\
+ClusterName=guard
+SlurmctldHost=head(127.0.0.1)
+SlurmctldPort={port}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits for as long as a credential lives, two minutes if nothing is said.
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+ReturnToService=2
+JobRequeue=1
+OverTimeLimit=0
+KillWait=3
+MinJobAge=86400
+SlurmdTimeout=15
+SlurmdParameters=config_overrides
+GresTypes=gpu
+# Machines that are powered down until a job needs them: what asks for them can be tested, and is never started.
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=60
+SuspendExcNodes=n[1-2]
+NodeName=n1 NodeAddr=127.0.0.1 Port={ports[0]} CPUs=2 RealMemory=8000 State=UNKNOWN
+NodeName=n2 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 State=UNKNOWN
+NodeName=a[1-64] CPUs=128 RealMemory=1000000 Gres=gpu:8 State=CLOUD
+PartitionName=gpu Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=a100 Nodes=a[1-64] MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no Slurm here, or None."""
+    if os.geteuid() != 0:
+        return "a test cluster needs root"
+    absent = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)}; make slurm installs what a test cluster needs"
+    tried = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True)
+    return f"a test cluster needs namespaces: {tried.stderr.strip()}" if tried.returncode else None
+
+
+class Slurm:
+    """A cluster with nodes ``n1`` and ``n2`` of two CPUs each in the partition ``gpu``; as a context.
+
+    The partition ``a100`` has 64 machines of 128 CPUs and 8 GPUs, for ``sbatch --test-only``. Clients are processes
+    with ``environment``.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {
+            **clean,
+            "PATH": _path(),
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PYTHONPATH": f"{ROOT}:{clean.get('PYTHONPATH', '')}".rstrip(":"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.machines: dict[str, Machine] = {}
+
+    def __enter__(self) -> Slurm:
+        try:
+            self._start()
+        except BaseException as error:
+            error.add_note(self.logs())
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self, *command: str) -> str:
+        """What a client prints: ``run("squeue", "--states=all")``."""
+        return run(command, self.environment)
+
+    def jobs(self) -> dict[str, dict[str, str]]:
+        """Job id (``7``, ``7_0``; ``7_[1-3]`` for tasks of an array that wait) → what ``scontrol show job`` says."""
+        found = {}
+        for line in self.run("scontrol", "show", "job", "--oneliner").splitlines():
+            facts = _facts(line)
+            if "JobId" in facts:
+                found[_name(facts)] = facts
+        return found
+
+    def state(self, job: str) -> str:
+        """State of a job or of one task of an array: PENDING, RUNNING, …; UNKNOWN when there is no such job."""
+        jobs = self.jobs()
+        if job in jobs:
+            return jobs[job]["JobState"]
+        array, _, task = job.partition("_")
+        for facts in jobs.values():
+            if facts.get("ArrayJobId") == array and task and _holds(facts["ArrayTaskId"], int(task)):
+                return facts["JobState"]
+        return "UNKNOWN"
+
+    def wait(self, job: str, states: Iterable[str] | str = ENDED, seconds: float = 60) -> str:
+        """Wait until a job is in one of some states (if nothing else is said: until it has ended); returns which."""
+        wanted = {states} if isinstance(states, str) else set(states)
+        try:
+            until(lambda: self.state(job) in wanted, seconds, f"job {job} in {', '.join(sorted(wanted))}", every=0.2)
+        except TimeoutError as error:
+            error.add_note(self.report())
+            raise
+        return self.state(job)
+
+    def hurry(self, job: str) -> None:
+        """Let a job start now that Slurm holds back because it was requeued."""
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def signal(self, job: str, name: str, rank: int | None = None) -> None:
+        """Send a signal to all tasks of a job, as Slurm does before it preempts, or straight to the task of a rank."""
+        if rank is None:
+            self.run("scancel", f"--signal={name}", job)
+            return
+        for process in self.tasks(job, rank):
+            os.kill(process, getattr(signal, f"SIG{name}"))
+
+    def tasks(self, job: str, rank: int | None = None) -> list[int]:
+        """Ids of the processes of a job: those of one rank, or all that srun has started."""
+        array, _, task = job.partition("_")
+        wanted = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": task} if task else {"SLURM_JOB_ID": job}
+        if rank is not None:
+            wanted["SLURM_PROCID"] = str(rank)
+        running = [each for node in NODES for each in self.machines[node].processes()]
+        found = {each: variables(each) for each in running}
+        return [each for each, its in found.items() if "SLURM_STEP_ID" in its and wanted.items() <= its.items()]
+
+    def kill_slurmd(self, node: str) -> None:
+        """Kill the daemon of a node. Its jobs go on, until Slurm gives the node up after 15 s or the daemon is back."""
+        self.machines[node].kill("slurmd")
+
+    def start_slurmd(self, node: str) -> None:
+        """Start the daemon of a node again, and wait until Slurm counts on it."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self.machines[node].start("slurmd", "-D", "-N", node)
+        until(lambda: self._ready(node, now), 60, f"slurmd of {node}", every=0.2)
+
+    def cut_power(self, node: str) -> None:
+        """End a node with everything that runs there."""
+        self.machines[node].end()
+
+    def restore_power(self, node: str) -> None:
+        """Start a node whose power was cut."""
+        self._boot(node)
+        self.start_slurmd(node)
+
+    def report(self) -> str:
+        """The queue and the nodes."""
+        parts = []
+        for command in (["squeue", "--states=all"], ["sinfo", "--Node", "--long"]):
+            with contextlib.suppress(RuntimeError):
+                parts.append(self.run(*command))
+        return "\n".join(parts)
+
+    def logs(self, last: int = 40) -> str:
+        """The last lines of every daemon's log."""
+        lines = []
+        for log in sorted(self.folder.glob("*.log")):
+            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-last:]]
+        return "\n".join(lines)
+
+    def _start(self) -> None:
+        self.folder.chmod(0o755)
+        (self.folder / "state").mkdir()
+        for node in NODES:
+            (self.folder / f"spool-{node}").mkdir()
+        own = Path("/etc/hosts").read_text().rstrip()
+        (self.folder / "hosts").write_text(f"{own}\n127.0.0.1 {' '.join((HEAD, *NODES))}\n")
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        port, *ports = _free_ports(3)
+        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, port=port, ports=ports))
+        (self.folder / "gres.conf").write_text("NodeName=a[1-64] Name=gpu Count=8\n")
+        for name in (HEAD, *NODES):
+            self._boot(name)
+        head = self.machines[HEAD]
+        files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munged.log", "pid-file": "munged.pid"}
+        places = [f"--{option}={self.folder / name}" for option, name in {**files, "seed-file": "munge.seed"}.items()]
+        head.start("munged", "--foreground", *places)
+        until((self.folder / "munge.socket").exists, 20, "munged")
+        head.start("slurmctld", "-D", "-i")
+        until(self._answers, 60, "slurmctld", every=0.2)
+        for node in NODES:
+            self.start_slurmd(node)
+
+    def _boot(self, name: str) -> None:
+        log = self.folder / f"{name}.log"
+        Path(f"{log}.up").unlink(missing_ok=True)
+        self.machines[name] = Machine(name, self.folder / "hosts", log, self.environment)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            return "is UP" in self.run("scontrol", "ping")
+        return False
+
+    def _ready(self, node: str, since: str) -> bool:
+        facts = _facts(self.run("scontrol", "show", "node", node, "--oneliner"))
+        free = facts["State"].split("+")[0] in ("IDLE", "MIXED", "ALLOCATED") and "+" not in facts["State"]
+        return free and facts["SlurmdStartTime"] >= since
+
+    def _end(self) -> None:
+        for machine in self.machines.values():
+            machine.end()
+        shutil.rmtree(self.folder)
+
+
+def _path() -> str:
+    """Debian keeps daemons where only root's shells look."""
+    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, each from a fresh start so that clusters side by side rarely meet."""
+    dice, found = random.Random(secrets.token_bytes(8)), []
+    while len(found) < count:
+        port = dice.choice(PORTS)
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("", port))
+            found.append(port)
+    return found
+
+
+def _facts(line: str) -> dict[str, str]:
+    """What scontrol says in one line; of values with spaces the first word."""
+    return dict(word.split("=", 1) for word in line.split(" ") if "=" in word)
+
+
+def _name(facts: dict[str, str]) -> str:
+    """What users call the job."""
+    if "ArrayJobId" not in facts:
+        return facts["JobId"]
+    task = facts["ArrayTaskId"].partition("%")[0]
+    return f"{facts['ArrayJobId']}_{task if task.isdigit() else f'[{task}]'}"
+
+
+def _holds(tasks: str, number: int) -> bool:
+    """Whether a list such as ``0-3,7%2`` holds a number."""
+    for part in tasks.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if int(first) <= number <= int(last or first):
+            return True
+    return False
