@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.errors import Preempted
 from launchers.torchrun import children, hosts
 from tests.running import command, contents, guard, ranks, start
 
@@ -105,6 +106,19 @@ def test_every_stage_goes_on_when_a_rank_is_killed_in_it(reference: Path, tmp_pa
         del content["config.yaml"]
     assert sorted(mine) == sorted(theirs)
     assert [name for name in mine if mine[name] != theirs[name]] == []
+
+
+def test_a_signal_is_no_reason_to_start_again(tmp_path: Path) -> None:
+    run = Elastic(tmp_path, LAUNCHER, "squeeze.epochs=50", stage="squeeze")
+    deadline = time.monotonic() + 300
+    while run.step() < 5:
+        assert run.process.poll() is None, run.log
+        assert time.monotonic() < deadline, run.log
+        time.sleep(0.01)
+    os.kill(run.process.pid, signal.SIGUSR1)
+    assert run.end() == Preempted.exit_code, run.log
+    assert run.log.count(f"guard: {Preempted()}") == 1
+    assert "starting again" not in run.log
 
 
 def test_what_has_failed_on_its_own_is_not_started_again(tmp_path: Path) -> None:
