@@ -108,8 +108,10 @@ class Lifeline:
 
     def close(self, *, goodbye: bool) -> None:
         """Leave the others: with a goodbye they go on, without it they end too."""
-        self.wake.close()
+        # Forked loader workers may still hold the other end: closing it would not be seen.
+        self.wake.send(GOODBYE)
         self.thread.join()
+        self.wake.close()
         self.ended.close()
         for peer in self.peers:
             with contextlib.suppress(OSError):

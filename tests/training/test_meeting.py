@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import socket
 import threading
-from collections.abc import Iterator
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
 from distill.errors import LOST_ANOTHER
-from distill.training.meeting import Lifeline, agree_on_name
-from tests.running import environment
-
-ALONE = """
-import sys, time
 from distill.training import meeting
-meeting.PATIENCE = 1.0
-rank, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-from torch.distributed import TCPStore
-store = TCPStore("127.0.0.1", port, 2, False)
-def tell(value):
-    if rank == 0: store.set("told", repr(value))
-    return eval(store.get("told"))
-with meeting.Lifeline(rank, 2, "127.0.0.1", tell):
-    print("there", flush=True)
-    if rank == 1 and what == "error": raise ValueError("its own")
-    if rank == 1 and what == "interrupt": raise KeyboardInterrupt
-    if rank == 1 and what == "killed": sys.stdout.flush(); __import__("os").kill(__import__("os").getpid(), 9)
-    if rank == 0: time.sleep(4)
-    print("done", flush=True)
-"""
+from distill.training.meeting import Lifeline, agree_on_name
+
+LOST = "guard: Another process of this run has ended; the same command continues from what is saved.\n"
+
+
+def join(rank: int, what: str, told: Connection, output: Path) -> None:
+    """A rank in a process of its own: there for a moment, then it leaves in one way or another."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    meeting.PATIENCE = 1.0
+
+    def tell(value: object) -> object:
+        if rank:
+            return told.recv()
+        told.send(value)
+        return value
+
+    with meeting.Lifeline(rank, 2, "127.0.0.1", tell):
+        if rank == 0:
+            time.sleep(3)
+        elif what == "error":
+            raise ValueError("its own")
+        elif what == "interrupt":
+            raise KeyboardInterrupt
+        elif what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "forked" and os.fork() == 0:
+            time.sleep(10)
+            os._exit(0)
+        left = time.monotonic()
+    assert time.monotonic() - left < 5, "it waits for the process that it has forked"
 
 
 @pytest.fixture
-def server() -> Iterator[TCPStore]:
+def server() -> TCPStore:
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
 
@@ -63,38 +78,32 @@ def test_ranks_agree_on_a_name_that_no_earlier_start_has_used(server: TCPStore) 
 
 
 @pytest.mark.parametrize(
-    ("what", "code", "said"),
+    ("what", "codes", "said"),
     [
-        ("nothing", 0, "done"),
-        ("interrupt", 0, "done"),
-        ("error", LOST_ANOTHER, "guard: Another process of this run has ended; the same command continues"),
-        ("killed", LOST_ANOTHER, "guard: Another process of this run has ended; the same command continues"),
+        ("nothing", [0, 0], ""),
+        ("forked", [0, 0], ""),
+        ("interrupt", [0, 1], ""),
+        ("error", [LOST_ANOTHER, 1], LOST),
+        ("killed", [LOST_ANOTHER, -signal.SIGKILL], LOST),
     ],
 )
 def test_a_rank_ends_when_another_one_has_left_without_a_goodbye(
-    server: TCPStore, what: str, code: int, said: str
+    tmp_path: Path, what: str, codes: list[int], said: str
 ) -> None:
     """Its own training may wait on a GPU, where nothing tells it."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", ALONE, str(rank), str(server.port), what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-        )
-        for rank in range(2)
-    ]
-    output = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert ranks[0].returncode == code, output
-    assert output[0].splitlines()[0] == "there"
-    assert said in output[0].splitlines()[1]
+    context = multiprocessing.get_context("fork")
+    ends = context.Pipe()
+    both = [context.Process(target=join, args=(rank, what, ends[rank], tmp_path / f"{rank}")) for rank in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(100)
+    assert [each.exitcode for each in both] == codes
+    assert (tmp_path / "0").read_text() == said
 
 
 def test_strangers_are_not_taken_for_ranks() -> None:
     """Somebody who scans ports connects first, says something else, and the rank comes after."""
-    import socket
-
     ready = threading.Event()
     told: list[tuple[int, str]] = []
 
