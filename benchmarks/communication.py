@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -66,11 +67,11 @@ def loopback() -> int:
     raise RuntimeError("there is no loopback interface")
 
 
-def make_engine(given: argparse.Namespace, group: Processes) -> Engine:
+def make_engine(name: str, given: argparse.Namespace, group: Processes) -> Engine:
     """A squeeze of ImageNet-1K's classes, at small images."""
     config: Config = compose(
         [
-            *(f"engine={given.engines[0]}", "dataset=imagenet1k", "regularizer=none"),
+            *(f"engine={name}", "dataset=imagenet1k", "regularizer=none"),
             *(f"teacher.network={given.network}", "teacher.stem=imagenet", "dataset.stored_size=0"),
             *(f"dataset.image_size={given.size}", f"squeeze.batch_size={2 * group.world_size}"),
         ]
@@ -83,25 +84,28 @@ def make_engine(given: argparse.Namespace, group: Processes) -> Engine:
 
 
 def work(given: argparse.Namespace) -> None:
-    """One rank: steps of one engine; rank 0 writes the bytes of all ranks in a step."""
+    """One rank: steps of every engine; rank 0 writes the bytes of all ranks in a step."""
+    counted = {}
     with processes("cpu", 1) as group:
-        engine = make_engine(given, group)
         images = torch.randint(0, 256, (2, 3, given.size, given.size), dtype=torch.uint8)
         batch = Batch(images, torch.arange(2), torch.arange(2))
-        engine.step(batch)
-        group.barrier()
-        before = loopback()
-        group.barrier()
-        for _ in range(given.steps):
+        for name in given.engines:
+            engine = make_engine(name, given, group)
             engine.step(batch)
-        group.barrier()
+            group.barrier()
+            before = loopback()
+            group.barrier()
+            for _ in range(given.steps):
+                engine.step(batch)
+            group.barrier()
+            counted[name] = (loopback() - before) / given.steps
+            group.barrier()
         if group.main:
-            given.worker.write_text(str((loopback() - before) / given.steps))
-        group.barrier()
+            given.worker.write_text(json.dumps(counted))
 
 
-def measure(engine: str, given: argparse.Namespace) -> float:
-    """Bytes of all ranks in a step."""
+def measure(given: argparse.Namespace) -> dict[str, float]:
+    """Bytes of all ranks in a step, for each engine."""
     own = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
     isolated = subprocess.run([*own, "true"], capture_output=True).returncode == 0
     with tempfile.TemporaryDirectory() as folder:
@@ -109,14 +113,18 @@ def measure(engine: str, given: argparse.Namespace) -> float:
         options = ["--steps", str(given.steps), "--size", str(given.size), "--network", given.network]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={given.world_size}"]
         launcher += ["--master_addr=127.0.0.1", "--master_port=29511"] if isolated else ["--standalone"]
-        command = [*launcher, "-m", "benchmarks.communication", "--worker", str(answer), "--engines", engine, *options]
+        command = [*launcher, "-m", "benchmarks.communication", "--worker", str(answer), *options]
         names = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*(own if isolated else []), *command], env={**os.environ, **names}, capture_output=True, text=True
+            [*(own if isolated else []), *command, "--engines", *given.engines],
+            env={**os.environ, **names},
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             sys.exit(done.stderr)
-        return float(answer.read_text())
+        counted: dict[str, float] = json.loads(answer.read_text())
+        return counted
 
 
 def main() -> None:
@@ -134,13 +142,16 @@ def main() -> None:
         return
     parameters, statistics = sizes(given.network)
     formula = sum(volume(parameters, statistics, given.world_size).values()) * given.world_size
-    counted = {engine: measure(engine, given) for engine in given.engines}
+    counted = measure(given)
     rows = [[engine, f"{count / 1e6:.2f}", f"{count / formula:.3f}"] for engine, count in counted.items()]
     print(f"{parameters:,} parameters, {statistics:,} running statistics, {given.world_size} ranks")
     print(f"formula: {formula / 1e6:.2f} MB a step from all ranks together")
     print(tabulate(rows, ["engine", "MB a step", "of the formula"]))
     settings = {key: value for key, value in vars(given).items() if key != "worker"}
-    result = {"ratios": {engine: count / formula for engine, count in counted.items()}, "bytes": counted}
+    result: dict[str, Any] = {
+        "ratios": {engine: count / formula for engine, count in counted.items()},
+        "bytes": counted,
+    }
     result |= {"formula": formula, "parameters": parameters, "statistics": statistics, "settings": settings}
     print(json.dumps({**result, "environment": environment()}))
 

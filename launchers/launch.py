@@ -172,9 +172,10 @@ def _plan(jobs: Sequence[Job], record: Launch) -> str:
         return f"{record.folder.parent.parent}: everything is complete."
     _fill(record, jobs)
     lines = [f"{record.folder.parent.parent} on {record.cluster} ({record.executor}):"]
+    wide, long = max(len(job.key) for job in jobs), max(len(shape(job)) for job in jobs)
     for job in jobs:
         after = f"after {', '.join(job.after)}" if job.after else "at once"
-        lines.append(f"  {job.key:24}{shape(job):48}{after}")
+        lines.append(f"  {job.key:{wide}}  {shape(job):{long}}  {after}")
     if record.executor == "slurm":
         from launchers.slurm import script
 

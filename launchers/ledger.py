@@ -53,7 +53,7 @@ class Launch:
         command: the command line.
         started: when, in UTC.
         host: where it was submitted.
-        state: submitting, submitted, cancelled, or failed when Slurm refused a job.
+        state: submitting, submitted, cancelled, failed when Slurm refused a job; of a local launch also running, done.
         driver: of a local launch the process that runs the graph, and when it started.
         jobs: in the order of their submission.
     """
@@ -127,7 +127,7 @@ def new_folder(run: Path) -> Path:
     folder = run / FOLDER / f"{max(taken, default=0) + 1:04d}"
     try:
         # Exclusive on file systems without locks too.
-        folder.mkdir()
+        folder.mkdir(parents=True)
     except FileExistsError as error:
         raise ArtifactError(f"Another guard launch is submitting {run}.") from error
     return folder

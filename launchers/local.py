@@ -31,6 +31,7 @@ def run_graph(jobs: Sequence[Job], works: Mapping[str, StageJob], launch: Launch
         Preempted: after SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C; the processes were told so too.
     """
     failed: list[str] = []
+    launch.state = "running"
     with _told() as stop:
         for job in jobs:
             if not any(key in failed for key in job.after) and _Node(job, works[job.key], launch, stop).run():
@@ -38,9 +39,13 @@ def run_graph(jobs: Sequence[Job], works: Mapping[str, StageJob], launch: Launch
                 continue
             failed.append(job.key)
             if stop:
+                launch.state = "cancelled"
+                launch.write()
                 raise Preempted
             why = next((f" does not run, for {key} has failed" for key in job.after if key in failed), " has failed")
             print(f"{job.key}:{why}", flush=True)
+    launch.state = "failed" if failed else "done"
+    launch.write()
     if failed:
         raise GuardError(f"{failed[0]} has failed; its logs: {launch.folder / launch.entry(failed[0]).logs}.")
 
@@ -60,7 +65,7 @@ class _Node:
         while waiting or self.running:
             while waiting and len(self.running) < self.cluster.parallel and not self.stop:
                 worker = waiting.pop(0)
-                self.running[worker] = self._start(self._free_slot())
+                self.running[worker] = self._start(worker, self._free_slot())
             for worker, process in list(self.running.items()):
                 if not process.done():
                     continue
@@ -82,7 +87,7 @@ class _Node:
         taken = {getattr(process, "slot", -1) for process in self.running.values()}
         return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
-    def _start(self, slot: int) -> LocalJob[None]:
+    def _start(self, worker: int, slot: int) -> LocalJob[None]:
         asked, first = self.job.resources, slot * self.job.resources.gpus
         executor = LocalExecutor(
             self.logs, max_num_timeout=self.cluster.requeues + 1, python=self.cluster.python or None
@@ -100,8 +105,8 @@ class _Node:
             process = executor.submit(self.work)
         assert isinstance(process, LocalJob)
         process.slot = slot  # type: ignore[attr-defined]
-        entry = self.launch.entry(self.job.key)
-        entry.ids.append(process.job_id)
+        # In the place of the one that has failed, if any.
+        self.launch.entry(self.job.key).ids[worker : worker + 1] = [process.job_id]
         self.launch.write()
         self._note(process, f"start 0 {socket.gethostname()}")
         return process

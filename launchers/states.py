@@ -81,7 +81,7 @@ def _node(launch: Launch, entry: Entry, tasks: Sequence[Task], before: Mapping[s
     if launch.state == "cancelled" or "cancelled" in states:
         return Node(entry, tasks, "cancelled", "by guard cancel" if launch.state == "cancelled" else "")
     if not tasks:
-        waits = launch.executor == "local" and launch.state != "failed"
+        waits = launch.executor == "local" and launch.state == "running"
         return Node(entry, tasks, "pending" if waits else "cancelled", "" if waits else "it was not submitted")
     gone = next((task for task in tasks if task.state not in ("done",)), tasks[0])
     return Node(entry, tasks, "failed", f"job {gone.id} {gone.text}{_last_error(launch, entry, gone)}")
@@ -110,7 +110,8 @@ def _task(
         return Task(number, "done", "", tries)
     if code is not None:
         state = "stopped" if code == Preempted.exit_code else "failed"
-        return Task(number, state, f"ended with exit code {code}, tried {tries} times", tries)
+        often = "once" if tries == 1 else f"{tries} times"
+        return Task(number, state, f"ended with exit code {code}, tried {often}", tries)
     if last and (queued is None or launch.executor == "local"):
         return Task(number, "running", f"for {duration(max(time.time() - float(last[0]), 0))}", tries)
     ended = past.get(number, "")

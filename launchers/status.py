@@ -86,12 +86,14 @@ def cancel(run: Path) -> str:
 
         ids = cancel_jobs(launch.label)
         what = f"cancelled {len(ids)} jobs" if ids else ""
+        launch.state = "cancelled"
+        if ids:
+            launch.write()
     else:
+        # The process that runs the graph writes down that it was cancelled.
         what = _stop_driver(launch)
     if not what:
         return f"{run}: no job of launch {launch.folder.name} is left."
-    launch.state = "cancelled"
-    launch.write()
     return f"{run}: {what} of launch {launch.folder.name}; what is done is kept, and guard launch goes on with it."
 
 

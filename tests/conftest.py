@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 
 LONGEST = (
+    "cluster/",
     "distributed/test_kill_and_stop.py",
-    "distributed/test_engines.py",
-    "distributed/test_torchrun.py",
     "resume/",
+    "distributed/",
+    "launchers/",
     "test_faults.py",
+    "sharing/",
     "robustness/",
     "data/",
     "recovery/",
     "stages/",
-    "sharing/",
-    "test_controls.py",
     "browser/",
+    "test_controls.py",
+    "test_cli.py",
 )
 """Files and folders that take longest, in this order; the others follow."""
 

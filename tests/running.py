@@ -149,15 +149,15 @@ def free_port() -> str:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every byte of a run that must not depend on how it was interrupted: all but timings, provenance, logs and
-    the page that tells them."""
+    """Every byte of a run that must not depend on how it was interrupted: all but timings, provenance, logs,
+    the page that tells them, and the lock of those that do not share."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if (
             not path.is_file()
             or name.startswith(("metrics", "tensorboard", "workers"))
-            or name in ("provenance.json", "report.html")
+            or name in ("provenance.json", "report.html", ".lock")
         ):
             continue
         content = path.read_bytes()

@@ -17,7 +17,7 @@ from tests.running import command, contents, guard
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    done = guard(command(folder))
+    done = guard(command(folder), fresh=True)
     assert done.returncode == 0, done.stderr
     return folder
 

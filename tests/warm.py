@@ -237,6 +237,7 @@ def main() -> None:
     random.seed()
     np.random.seed()
     module, *sys.argv[1:] = wanted["arguments"]
+    sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import NonFiniteError
+from distill.robustness.folding import folded
 from distill.robustness.threat import Threat
 
 
@@ -113,7 +114,8 @@ class Watched(nn.Module):
 def lent(model: nn.Module, forward_batch: int = 32) -> Iterator[Watched]:
     """The model in eval mode, its parameters fixed, cuDNN deterministic, no TF32; all is put back at the end.
 
-    TF32 is off because it moves logits by 1e-3, enough to change outcomes near the boundary.
+    Batch norm is folded into the convolutions where that is safe, for clean images as for attacked ones, so that one
+    function answers on all. TF32 is off because it moves logits by 1e-3, enough to change outcomes near the boundary.
     """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -127,7 +129,9 @@ def lent(model: nn.Module, forward_batch: int = 32) -> Iterator[Watched]:
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False, False
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        yield handle.eval()
+        handle.eval()
+        handle.model = folded(model).eval()
+        yield handle
     finally:
         handle.model = None
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before

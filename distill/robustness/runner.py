@@ -6,6 +6,7 @@ batch that it is attacked in, the order of the images or the number of workers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -155,10 +156,9 @@ def run_attack(
     parts = max(len(built.stages), 1)
     with (
         lent(model, forward_batch) as network,
-        lent(source or model, forward_batch) as other,
+        contextlib.nullcontext(network) if source is None else lent(source, forward_batch) as shown,
         Progress(parts * int(right.sum()), planned.label, "image", quiet=quiet) as progress,
     ):
-        shown = network if source is None else other
         for stage in built.stages:
             pending = robust.nonzero().flatten()
             for rows in pending.split(size) if len(pending) else ():
@@ -166,7 +166,7 @@ def run_attack(
                 robust[rows[broken]] = False
                 progress.update(len(rows), accuracy=f"{int(robust.sum()) / len(robust):.3f}")
             progress.update(int(right.sum()) - len(pending))
-        forward = network.forward_passes + (other.forward_passes if source is not None else 0)
+        forward = network.forward_passes + (shown.forward_passes if source is not None else 0)
         backward = shown.backward_passes
     specification = {**built.specification, "seed": seed, "forward_batch": forward_batch}
     return AttackResult(planned.name, planned.norm, planned.epsilon, robust, right, forward, backward, specification)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,6 +193,9 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise ConfigError(f"DeepSpeed already runs on {chosen} in this process; start another one for {device.type}.")
     # A C++ operator of its inference collectives: compiling it at first use would need g++ on every machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls in every step what torch 2.14 has renamed.
+    renamed, where = r"`torch\.distributed\.\w+_tensor` is deprecated", r"torch\.distributed\."
+    warnings.filterwarnings("ignore", renamed, FutureWarning, where)
     return deepspeed
 
 

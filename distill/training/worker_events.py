@@ -7,9 +7,10 @@ number of processes may do it at the same time, and again while workers go on.
 from __future__ import annotations
 
 import io
+import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distill.files import digest, listed, read_json, remove
@@ -18,6 +19,8 @@ from distill.sharing import MANIFEST
 from distill.sharing.records import Record, read_records
 from distill.sharing.worker import WORKERS
 
+SHOWN_AS = f"{len(STAGES) + 1}_{WORKERS}"
+"""Behind the stages: TensorBoard puts names that begin with a letter before those with a number."""
 ALL = "all"
 """The line of all workers; the others are called by the worker's id."""
 Point = tuple[float, int]
@@ -25,7 +28,7 @@ Point = tuple[float, int]
 
 
 def show_workers(run: Path) -> None:
-    """Write what the records say under ``run/tensorboard/workers/<stage>/<worker>``; x is seconds from the first unit.
+    """Write what the records say under ``run/tensorboard/6_workers/<stage>/<worker>``; a step is a second.
 
     Raises:
         ArtifactError: a JSON file of the run is damaged.
@@ -46,7 +49,7 @@ def _show(run: Path, stage: str, records: Sequence[Record]) -> None:
     for name, several in {ALL: together, **ends}.items():
         if several:
             points = [(began, 0), *((end, count) for count, end in enumerate(several, start=1))]
-            _write(run / TENSORBOARD / WORKERS / numbered(stage) / name, f"{WORKERS}/{numbered(stage)}", points)
+            _write(run / TENSORBOARD / SHOWN_AS / numbered(stage) / name, f"{SHOWN_AS}/{numbered(stage)}", points)
 
 
 def _ends(record: Record) -> Iterator[float]:
@@ -78,7 +81,7 @@ def _write(folder: Path, tag: str, points: Sequence[Point]) -> None:
 
 
 def _encoded(tag: str, points: Sequence[Point]) -> bytes:
-    """The points as TensorBoard's records; a step is a second, and of several points in it the last one counts."""
+    """The points as TensorBoard's records; a step is a second, and of several units in it the last one counts."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -89,14 +92,11 @@ def _encoded(tag: str, points: Sequence[Point]) -> bytes:
         Event(wall_time=began, file_version="brain.Event:2"),
         Event(wall_time=began, step=0, session_log=SessionLog(status=SessionLog.START)),
     ]
-    for time, step, count in _by_second(points):
+    # Step 0 is the beginning's alone.
+    seconds = {math.ceil(time - began) if count else 0: (time, count) for time, count in points}
+    for step, (time, count) in seconds.items():
         value = Summary.Value(tag=tag, simple_value=count)
         events.append(Event(wall_time=time, step=step, summary=Summary(value=[value])))
     for event in events:
         writer.write(event.SerializeToString())
     return buffer.getvalue()
-
-
-def _by_second(points: Sequence[Point]) -> Iterable[tuple[float, int, int]]:
-    began = points[0][0]
-    return {max(round(time - began), 0): (time, max(round(time - began), 0), count) for time, count in points}.values()

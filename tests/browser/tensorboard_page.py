@@ -1,13 +1,15 @@
 """A real TensorBoard server, and a headless Chromium that looks at its page.
 
-``python -m tests.browser.tensorboard_page LOGDIR OUT.png`` makes a picture of the Images tab. Nothing but the loopback
-interface is used, and every process that is started here is ended by its id.
+``check_run`` looks whether the page shows every stage of a finished run. ``python -m tests.browser.tensorboard_page
+LOGDIR OUT.png`` makes a picture of the Images tab. Nothing but the loopback interface is used, and every process that
+is started here is ended by its id.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -18,7 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from distill.run_folder import STAGES, numbered
+from distill.training.worker_events import ALL, SHOWN_AS
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -48,6 +53,16 @@ return words.filter(Boolean).join(' ');
 """All words of the page, inside shadow roots too."""
 
 
+FETCH = "const done = arguments[1]; fetch(arguments[0]).then(answer => answer.json()).then(done)"
+"""What the page itself asks the server for."""
+PAGE = 12
+"""The Images tab shows at most so many at a time."""
+PICTURED = "2_distilled/images|3_labels/views|4_student/(accuracy|loss)|6_workers"
+"""Tags that ``check_run`` takes a picture of."""
+SETTLED = 5.0
+"""Seconds in which curves are drawn after their axes."""
+
+
 def missing_programs() -> str:
     """Which of Chromium and its driver are not installed, for the reason of a skip; empty when both are."""
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
@@ -59,10 +74,23 @@ def tensorboard(logdir: Path, seconds: float = 120) -> Iterator[str]:
     """Serve the event files under a folder on a free port of 127.0.0.1; gives the page's address."""
     # The page shows the folder as it is given here: by its name, without the way to it.
     where = logdir.resolve()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", where.name, "--host", "127.0.0.1", "--port", "0"]
+    command = ["-m", "tensorboard.main", "--logdir", where.name, "--host", "127.0.0.1", "--port", "0"]
+    with _served(command, where.parent, seconds) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def guard_tensorboard(run: Path, seconds: float = 120) -> Iterator[str]:
+    """The same by ``guard tensorboard``."""
+    with _served(["-m", "distill", "tensorboard", str(run.resolve()), "--port", "0"], Path.cwd(), seconds) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _served(command: Sequence[str], folder: Path, seconds: float) -> Iterator[str]:
     with (
         tempfile.TemporaryFile("w+") as log,
-        _ended(subprocess.Popen(command, stdout=log, stderr=log, cwd=where.parent)) as server,
+        _ended(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=folder)) as server,
     ):
         deadline = time.monotonic() + seconds
         while True:
@@ -128,6 +156,58 @@ def wait_for(
         if time.monotonic() > deadline:
             raise TimeoutError(f"The page lacks {lacking} and shows {len(drawn)} pictures of {pictures}: {text[:2000]}")
         time.sleep(0.5)
+
+
+def check_run(run: Path, picture: Path | None = None, seconds: float = 120) -> None:
+    """Open ``guard tensorboard`` on a finished run, and assert that its page has scalars and images of every stage.
+
+    Every seed has curves of its own; of a stage that workers share the units of all together, and of each, are there.
+
+    Args:
+        run: the run folder, with ``results.json``.
+        picture: where a picture of the page with curves of seeds and workers is saved.
+        seconds: that the page may take for each view.
+    """
+    stages = [stage for stage in STAGES if (run / stage / "manifest.json").is_file()]
+    seeds = [student["seed"] for student in json.loads((run / "results.json").read_text())["students"]]
+    records = [json.loads(path.read_text()) for path in (run / "workers").glob("*.json")]
+    made: dict[str, dict[str, int]] = {}
+    for record in records:
+        published = sum(unit["result"] == "published" for unit in record["units"])
+        if published:
+            made.setdefault(record["artifact"], {})[record["worker"]] = published
+    with guard_tensorboard(run, seconds) as address, chromium(1600, 1500) as browser:
+        browser.set_script_timeout(seconds)
+        browser.get(f"{address}#scalars")
+        wait_for(browser, [*map(numbered, stages), SHOWN_AS], seconds=seconds)
+        scalars, images = (fetched(browser, f"data/plugin/{kind}/tags") for kind in ("scalars", "images"))
+        for stage in map(numbered, stages):
+            for kind, found in (("scalars", scalars), ("images", images)):
+                tags = [tag for run_name, tags in found.items() if run_name.startswith(stage) for tag in tags]
+                assert any(tag.startswith(f"{stage}/") for tag in tags), f"no {kind} of {stage}"
+        for seed in seeds:
+            assert "4_student/loss" in scalars[f"4_student/seed{seed}"]
+        for stage, workers in made.items():
+            tag = f"{SHOWN_AS}/{numbered(stage)}"
+            for worker, count in {**workers, ALL: sum(workers.values())}.items():
+                points = fetched(browser, f"data/plugin/scalars/scalars?run={tag}/{worker}&tag={tag}")
+                assert (points[0][2], points[-1][2]) == (0, count), (stage, worker)
+                assert [point[1] for point in points] == sorted({point[1] for point in points})
+        browser.get("about:blank")
+        browser.get(f"{address}#images&tagFilter=.")
+        shown = sum(len(tags) for tags in images.values())
+        wait_for(browser, ["1_teacher/images"], pictures=min(shown, PAGE), seconds=seconds)
+        if picture is not None:
+            browser.get("about:blank")
+            browser.get(f"{address}?tagFilter={PICTURED}#timeseries")
+            wait_for(browser, ["4_student/loss", f"{SHOWN_AS}/2_distilled"], pictures=1, seconds=seconds)
+            time.sleep(SETTLED)
+            browser.save_screenshot(str(picture))
+
+
+def fetched(browser: Chrome, address: str) -> Any:
+    """What the server answers to the page."""
+    return browser.execute_async_script(FETCH, address)
 
 
 def screenshot(

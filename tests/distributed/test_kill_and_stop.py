@@ -133,7 +133,8 @@ def test_killed_and_stopped_ends_as_if_nothing_had_happened(tmp_path: Path, engi
     folder, last = tmp_path / "disturbed", 0
     for disturb in DISTURBANCES:
         run = Run(folder, f"engine={engine}")
-        run.reach(last + 30)
+        # The first two checkpoints; later a few steps will do, for a busy machine lets many more pass.
+        run.reach(last + 10 if last else 30)
         disturb(run)
         assert run.began == last
         # A kill between a save and the removal of the oldest leaves three.

@@ -110,7 +110,7 @@ def test_the_plan_shows_graph_resources_and_scripts_and_writes_nothing(tmp_path:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (("cluster=slurm_a100",), "does not divide over 32 ranks"),
+        (("cluster=slurm_a100", "squeeze.batch_size=100"), "does not divide over 32 ranks"),
         (("cluster.partition=gpu",), "cluster.partition is an option of Slurm"),
         (("cluster.squeeze.nodes=2",), "cluster=local is one machine"),
         (("cluster=slurm_test", "+cluster.options.array=3"), "is set by guard launch itself"),

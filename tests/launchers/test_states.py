@@ -14,7 +14,7 @@ from launchers.status import describe, logs
 
 def written(run: Path, **files: str) -> Launch:
     """A launch of two jobs on this machine, with what its shells have noted."""
-    launch = Launch(new_folder(run), "local", "local", "guard launch", "2026-01-01T00:00:00+00:00", "here", "submitted")
+    launch = Launch(new_folder(run), "local", "local", "guard launch", "2026-01-01T00:00:00+00:00", "here", "running")
     launch.jobs = [
         Entry("squeeze", "squeeze", str(run), [], "squeeze", "1 job", ["7"]),
         Entry("recover", "recover", str(run), ["squeeze"], "recover", "2 jobs", []),

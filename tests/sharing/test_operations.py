@@ -60,7 +60,7 @@ def test_more_dead_workers_than_are_asked_at_a_time(tmp_path: Path) -> None:
     count, dead = 14, 2 * HOLDERS
     with Crew(tmp_path, count) as crew:
         sleeper = crew.start("stop=0")
-        crew.wait_for(f"{KIND}/.claims/{names(count)[0]}.0")
+        crew.suspended(sleeper)
         victims = [crew.start("seconds=60") for _ in range(dead)]
         ends = time.monotonic() + 60
         while len(listed(tmp_path / KIND / ".claims")) < 1 + dead:

@@ -24,10 +24,10 @@ UNITS = 6
 OPTIONS = ["squeeze.epochs=1", f"recover.ipc={UNITS}", "recover.iterations=40", "monitor.tensorboard=false"]
 
 
-def recover(folder: Path, *more: str) -> Started:
+def recover(folder: Path, *more: str, fresh: bool = False) -> Started:
     """A worker of its own on a run."""
     asked = command(folder, *OPTIONS, *more, stage="recover")
-    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, fresh=fresh)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def seen(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """What one worker makes, its process id, and the status while it was at work."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copytree(teacher, folder, dirs_exist_ok=True)
-    worker = recover(folder)
+    worker = recover(folder, fresh=True)
     wait_for(worker, folder / "runs/run/distilled", ".claims/unit_00002.*")
     # At rest in its third unit, so that the status is that.
     os.kill(worker.pid, signal.SIGSTOP)

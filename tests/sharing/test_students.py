@@ -19,7 +19,7 @@ from distill.cli import main
 from distill.errors import Preempted
 from distill.report.history import read_lines
 from distill.sharing import artifact_state
-from tests.running import command, contents, environment, guard
+from tests.running import Started, command, contents, guard, start
 
 SEEDS = 3
 STEPS = 2 * 40
@@ -27,13 +27,13 @@ OPTIONS = ["squeeze.epochs=1", "recover.iterations=10", "relabel.epochs=40", "ev
 OPTIONS += ["attacks=custom", "evaluate.max_images=50", "evaluate.teacher=false", "sharing.lease=10"]
 
 
-def evaluate(folder: Path, *more: str, ranks: int = 1) -> subprocess.Popen[str]:
+def evaluate(folder: Path, *more: str, ranks: int = 1) -> Started:
     """A worker of its own on a run, or several ranks under torchrun."""
     asked = command(folder, *OPTIONS, *more, stage="evaluate")
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         asked = [*launcher, *asked[1:]]
-    return subprocess.Popen(asked, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,16 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one worker makes."""
+    """What one worker makes, in an interpreter of its own."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copytree(labelled, folder, dirs_exist_ok=True)
-    done = guard(command(folder, *OPTIONS, stage="evaluate"))
+    done = guard(command(folder, *OPTIONS, stage="evaluate"), fresh=True)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture
-def begun(labelled: Path, tmp_path: Path) -> tuple[Path, subprocess.Popen[str]]:
+def begun(labelled: Path, tmp_path: Path) -> tuple[Path, Started]:
     """A copy of the run, and a worker that stands still in the training of its first seed."""
     shutil.copytree(labelled, tmp_path, dirs_exist_ok=True)
     worker = evaluate(tmp_path)
@@ -75,7 +75,7 @@ def steps(folder: Path, seed: int) -> list[int]:
     return [int(path.name[-8:]) for path in folder.glob(f"runs/run/student/.checkpoint-seed{seed}-*[0-9]")]
 
 
-def ended(worker: subprocess.Popen[str], code: int = 0) -> str:
+def ended(worker: Started, code: int = 0) -> str:
     """Wait for a worker; what it said on stderr."""
     output, said = worker.communicate(timeout=500)
     assert worker.returncode == code, (output, said)
@@ -108,7 +108,7 @@ def went_on(said: list[str]) -> int:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
-def test_killed_in_the_middle_of_a_seed(begun: tuple[Path, subprocess.Popen[str]], alone: Path, ranks: int) -> None:
+def test_killed_in_the_middle_of_a_seed(begun: tuple[Path, Started], alone: Path, ranks: int) -> None:
     """Then two more workers, or one with two ranks, on what is left."""
     folder, first = begun
     first.kill()
@@ -123,7 +123,7 @@ def test_killed_in_the_middle_of_a_seed(begun: tuple[Path, subprocess.Popen[str]
     ]
 
 
-def test_stopped_in_the_middle_of_a_seed(begun: tuple[Path, subprocess.Popen[str]], alone: Path) -> None:
+def test_stopped_in_the_middle_of_a_seed(begun: tuple[Path, Started], alone: Path) -> None:
     """It saves the step, and says that it has ended, so that others go on at once."""
     folder, first = begun
     second = evaluate(folder)
@@ -135,7 +135,7 @@ def test_stopped_in_the_middle_of_a_seed(begun: tuple[Path, subprocess.Popen[str
     assert [each["error"] for each in records] == ["Preempted", None]
 
 
-def test_one_that_was_taken_for_dead_wakes_up(begun: tuple[Path, subprocess.Popen[str]], alone: Path) -> None:
+def test_one_that_was_taken_for_dead_wakes_up(begun: tuple[Path, Started], alone: Path) -> None:
     """After its lease another goes on with its seed, and it wakes up in the middle of that."""
     folder, first = begun
     at, second = max(steps(folder, 0)), evaluate(folder)
