@@ -36,16 +36,16 @@ ifneq ($(shell $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null && echo 
 $(shell rm -f $(MADE) $(INSTALLED) $(DEVELOP))
 endif
 
-.PHONY: demo test check bench slow soak cluster clean browser ffcv slurm
+.PHONY: demo test check bench slow soak cluster clean browser network ffcv slurm
 
 demo: $(INSTALLED)
 	$(BIN)/guard run experiment=demo
 
 # Two tests at a time, each with one thread: threads of several programs on the same cores stall each other.
-test: $(DEVELOP) ffcv browser slurm
+test: $(DEVELOP) ffcv browser network slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-slow: $(DEVELOP) ffcv
+slow: $(DEVELOP) ffcv network
 	$(BIN)/python -m pytest -m "slow and not cluster" $(PYTEST_ARGS)
 
 cluster: $(DEVELOP) slurm
@@ -108,6 +108,10 @@ endef
 
 browser:
 	$(call packages,Browser tests,command -v chromium && command -v chromedriver,chromium chromium-driver)
+
+# Two machines, as far as the network goes.
+network:
+	$(call packages,Tests with network namespaces,command -v ip,iproute2)
 
 SLURM_PROGRAMS := export PATH="$$PATH:/usr/sbin"; command -v munged && command -v slurmctld && command -v slurmd && command -v sbatch
 slurm:

@@ -95,8 +95,11 @@ LOST = (
     "closed by remote peer",  # NCCL
     "remote process",
     "connection was likely closed",  # torch's store
+    "connection refused",
+    "connection timed out",
+    "no route to host",
 )
-"""What gloo, NCCL and torch say, in some spelling, when another process has ended."""
+"""What gloo, NCCL and torch say, in some spelling, when another process has ended or its machine is gone."""
 
 
 def lost_another(error: BaseException) -> bool:

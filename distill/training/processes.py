@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from distill.environment import detect
 from distill.errors import ConfigError
 from distill.provenance import processor
+from distill.training.meeting import Lifeline, open_store
 
 T = TypeVar("T")
 
@@ -121,16 +122,17 @@ def processes(device: str = "auto", threads: int = 0) -> Iterator[Processes]:
     control: distributed.ProcessGroup | None = None
     if world_size > 1:
         # Ranks wait for each other's share of a stage, and for the data set: that takes as long as it takes. When a
-        # process dies, torchrun ends the others; when a machine is gone without a word, a signal does (``preemption``).
+        # process dies, its connections close; when a machine is gone without a word, the lifeline ends the wait.
         backend, timeout = "nccl" if chosen.type == "cuda" else "gloo", timedelta(days=14)
-        # torchrun's agents keep the store; in a step of Slurm rank 0 does.
-        where = "env://" if who.kind == "torchrun" else f"tcp://{who.master_address}:{who.master_port}"
-        distributed.init_process_group(backend, where, rank=rank, world_size=world_size, timeout=timeout)
+        store = open_store(who, timeout)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         group = distributed.new_group(backend="gloo", timeout=timeout)
         assert isinstance(group, distributed.ProcessGroup)
         control = group
+    found = Processes(rank, world_size, chosen, control)
     try:
-        yield Processes(rank, world_size, chosen, control)
+        with Lifeline(rank, world_size, who.master_address or "", found.tell) if control else contextlib.nullcontext():
+            yield found
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

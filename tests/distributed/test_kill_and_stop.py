@@ -35,10 +35,17 @@ class Run:
 
     Args:
         folder: where it works and writes its log.
-        launcher: options of ``launchers.torchrun``.
+        launcher: options of ``launchers.torchrun``; without any nothing starts again by itself.
     """
 
-    def __init__(self, folder: Path, *overrides: str, ranks: int = 2, launcher: tuple[str, ...] = (), log: str = "log"):
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        ranks: int = 2,
+        launcher: tuple[str, ...] = ("--max-restarts=0",),
+        log: str = "log",
+    ):
         self.folder, self.log = folder, folder / log
         folder.mkdir(parents=True, exist_ok=True)
         wanted = command(folder, f"squeeze.epochs={EPOCHS}", "monitor.every=5", *overrides, stage="squeeze")[3:]
@@ -263,7 +270,7 @@ def test_the_launchers_exit_code_is_that_of_its_processes(capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rdzv-id=mine"], "--rdzv-id belongs to --nnodes=2 or more"),
+        (["--rdzv-id=mine"], "--rdzv-id and --local-addr belong to --nnodes=2 or more"),
         (["--nnodes=2", "--rdzv-id=mine"], "--nnodes=2 or more and --rdzv-endpoint=HOST:PORT go together"),
         (["--rdzv-endpoint=localhost:1"], "--nnodes=2 or more and --rdzv-endpoint=HOST:PORT go together"),
     ],
