@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.cluster.configuration import NODES, write_configuration
 from tests.cluster.machines import NAMESPACES, Machine, run, until, variables
-from tests.cluster.scontrol import facts_of, holds, name_of_job
+from tests.cluster.scontrol import facts_of, name_of_job, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
@@ -86,14 +86,7 @@ class Slurm:
 
     def state(self, job: str) -> str:
         """State of a job or of one task of an array: PENDING, RUNNING, …; UNKNOWN when there is no such job."""
-        jobs = self.jobs()
-        if job in jobs:
-            return jobs[job]["JobState"]
-        array, _, task = job.partition("_")
-        for facts in jobs.values():
-            if facts.get("ArrayJobId") == array and task and holds(facts["ArrayTaskId"], int(task)):
-                return facts["JobState"]
-        return "UNKNOWN"
+        return state_of(job, self.jobs())
 
     def wait(self, job: str, states: Iterable[str] | str = ENDED, seconds: float = 60) -> str:
         """Wait until a job is in one of some states (if nothing else is said: until it has ended); returns which."""
@@ -104,6 +97,14 @@ class Slurm:
             error.add_note(self.report())
             raise
         return self.state(job)
+
+    def test_only(self, *arguments: str) -> str:
+        """When and where a script would run, as Slurm says; RuntimeError when it does not take the script."""
+        words = ["sbatch", "--test-only", *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.environment, timeout=60)
+        if done.returncode:
+            raise RuntimeError(f"refused: {done.stderr.strip()}")
+        return done.stderr
 
     def hurry(self, job: str) -> None:
         """Let a job start now that Slurm holds back because it was requeued."""
@@ -155,10 +156,11 @@ class Slurm:
         return "\n".join(parts)
 
     def logs(self, last: int = 40) -> str:
-        """The last lines of every daemon's log."""
+        """The last lines of every daemon's log, and what was said before there were logs."""
         lines = []
         for log in sorted(self.folder.glob("*.log")):
-            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-last:]]
+            count = last if log.name.startswith("slurm") else 5
+            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-count:]]
         return "\n".join(lines)
 
     def _start(self) -> None:
