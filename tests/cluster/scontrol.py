@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-
 WHOLE = "4294967294"
 """The number of all tasks of an array that was ended before one of them began."""
 

@@ -12,6 +12,7 @@ from tests.cluster.launching import LONG, STEPS, TWO_NODES, Launched, flat, step
 from tests.cluster.machines import until
 from tests.cluster.slurm import ENDED, Slurm
 from tests.resume.interruption import same
+from tests.running import contents
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
 AT_WORK = {
@@ -20,7 +21,8 @@ AT_WORK = {
     "relabel": "labels/epoch_0008.safetensors",
 }
 """Stage → what is there when it is in the midst of its work."""
-UNITS = {"recover": ("distilled", 6), "relabel": ("labels", 80)}
+MADE = {"squeeze": "teacher", "recover": "distilled", "relabel": "labels"}
+UNITS = {"recover": 6, "relabel": 80}
 BEFORE = {"squeeze": (), "recover": ("teacher",), "relabel": ("teacher", "distilled")}
 """Stage → the artifacts that it needs, which are taken from the run that nothing interrupts."""
 USR2 = 1 << 11
@@ -36,17 +38,22 @@ def launched_at(stage: str, slurm: Slurm, whole: Path, folder: Path, *overrides:
     return launched
 
 
-def check(launched: Launched, whole: Path) -> None:
-    """Assert that the run ends as the one that nothing interrupts."""
-    launched.end()
-    same(launched.folder, whole)
+def check(launched: Launched, whole: Path, stage: str) -> None:
+    """Assert that what a stage makes is what nothing interrupted; the stages after it are not waited for."""
+    launched.end(stage)
+    artifact = MADE[stage]
+    mine, theirs = (contents(folder / "runs/run" / artifact) for folder in (launched.folder, whole))
+    assert sorted(mine) == sorted(theirs)
+    assert [name for name in mine if mine[name] != theirs[name]] == []
+    slurm = launched.slurm
+    slurm.run("scancel", *(each for job in launched.ledger["jobs"] for each in job["ids"]))
+    launched.ended()
 
 
 def check_units(launched: Launched, stage: str) -> None:
     """Assert that every unit of a stage was made, and none twice."""
-    artifact, count = UNITS[stage]
-    made = launched.units(artifact)
-    assert len(made) == count
+    made = launched.units(MADE[stage])
+    assert len(made) == UNITS[stage]
     assert set(made.values()) == {1}, made
 
 
@@ -56,7 +63,8 @@ def test_preempted(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> Non
     launched = launched_at(stage, slurm, whole, tmp_path)
     job = launched.jobs(stage)[0]
     launched.preempt(job)
-    check(launched, whole)
+    launched.end()
+    same(launched.folder, whole)
     assert launched.restarts(job) == 1
     assert launched.attempts(stage)[0] == ["start", "start", "exit 0"]
     if stage == "squeeze":
@@ -68,7 +76,7 @@ def test_preempted(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> Non
 def test_a_killed_task_of_an_array_is_tried_again(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
     launched = launched_at("recover", slurm, whole, tmp_path)
     slurm.signal(launched.jobs("recover")[0], "KILL")
-    check(launched, whole)
+    check(launched, whole, "recover")
     assert launched.attempts("recover") == [["start", "exit 137", "start", "exit 0"], ["start", "exit 0"]]
     check_units(launched, "recover")
 
@@ -80,7 +88,7 @@ def test_requeued_by_hand(slurm: Slurm, whole: Path, tmp_path: Path, stage: str)
     slurm.run("scontrol", "requeue", job)
     slurm.wait(job, {"PENDING", *ENDED})
     slurm.hurry(job)
-    check(launched, whole)
+    check(launched, whole, stage)
     assert launched.restarts(job) == 1
     if stage == "squeeze":
         assert steps(launched.run) == list(range(5, STEPS + 1, 5))
@@ -95,14 +103,14 @@ def test_a_daemon_dies_and_comes_back(slurm: Slurm, whole: Path, tmp_path: Path,
     slurm.kill_slurmd("n1")
     time.sleep(3)
     slurm.start_slurmd("n1")
-    check(launched, whole)
+    check(launched, whole, stage)
     assert {launched.restarts(job) for job in launched.jobs(stage)} == {0}
 
 
 @pytest.mark.parametrize("stage", ["squeeze", "recover"])
 def test_a_daemon_stays_away(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
     """Slurm gives the node up and starts the job on another one, while the first one still works."""
-    launched = launched_at(stage, slurm, whole, tmp_path, "cluster.squeeze.nodes=1", "squeeze.epochs=20")
+    launched = launched_at(stage, slurm, whole, tmp_path, "cluster.squeeze.nodes=1", "cluster.squeeze.tasks=2")
     job = launched.jobs(stage)[0]
     node = slurm.jobs()[job]["NodeList"]
     slurm.kill_slurmd(node)
@@ -110,7 +118,7 @@ def test_a_daemon_stays_away(slurm: Slurm, whole: Path, tmp_path: Path, stage: s
     slurm.hurry(job)
     slurm.wait(job, {"RUNNING", *ENDED})
     slurm.start_slurmd(node)
-    launched.end(stage)
+    check(launched, whole, stage)
 
 
 @pytest.mark.parametrize("stage", ["squeeze", "recover", "relabel"])
@@ -125,7 +133,7 @@ def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> N
             slurm.hurry(job)
     finally:
         slurm.restore_power("n1")
-    check(launched, whole)
+    check(launched, whole, stage)
     assert {launched.restarts(job) for job in jobs} == {1}
 
 
@@ -138,7 +146,7 @@ def test_a_time_limit_that_is_too_short(slurm: Slurm, whole: Path, tmp_path: Pat
     slurm.signal(job, "CONT")
     slurm.wait(job, {"PENDING", *ENDED})
     slurm.hurry(job)
-    check(launched, whole)
+    check(launched, whole, "squeeze")
     assert launched.restarts(job) >= 1
     assert "this job is timed-out" in launched.guard("logs", str(launched.run), "squeeze", "--lines=400").stdout
     assert steps(launched.run) == list(range(5, STEPS + 1, 5))
@@ -173,5 +181,5 @@ def test_preempted_too_often(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
     said = launched.guard("status", str(launched.run)).stdout
     assert "squeeze has been stopped 1 times, and cluster.requeues=0" in said
     launched.launch("cluster.requeues=1")
-    check(launched, whole)
+    check(launched, whole, "squeeze")
     assert steps(launched.run) == list(range(5, STEPS + 1, 5)), "it goes on where it stopped"
