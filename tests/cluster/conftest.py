@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.launching import LONG
 from tests.cluster.slurm import Slurm, missing
-from tests.running import command, guard
+from tests.running import command, guard, ranks
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +27,20 @@ def slurm() -> Iterator[Slurm]:
 def teacher(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with a teacher of two ranks that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    _done(command(folder, *LONG, stage="prepare"))
+    _check(guard(command(folder, *LONG, stage="prepare")))
     # Equal bits need an equal number of ranks.
-    _done([sys.executable, "-m", "launchers.torchrun", "2", *command(folder, *LONG, stage="squeeze")[3:]])
+    _check(ranks(2, command(folder, *LONG, stage="squeeze")))
     return folder
 
 
 @pytest.fixture(scope="session")
 def whole(teacher: Path) -> Path:
     """The folder of a complete run that nothing interrupted."""
-    _done(command(teacher, *LONG))
+    _check(guard(command(teacher, *LONG)))
     return teacher
 
 
-def _done(words: list[str]) -> None:
-    done = guard(words)
+def _check(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from tests.cluster.machines import until
 from tests.cluster.scontrol import state_of
 from tests.cluster.slurm import ENDED, Slurm
-from tests.running import command
+from tests.running import Started, command, start
 
 EPOCHS = 20
 STEPS = 20 * EPOCHS
@@ -56,14 +56,11 @@ class Launched:
 
     def guard(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command beside the cluster."""
-        call = [*command(self.folder)[:3], *words]
-        return subprocess.run(call, capture_output=True, text=True, env=self.slurm.environment, timeout=300)
+        return on_cluster(self.slurm, [*command(self.folder)[:3], *words])
 
     def launch(self, *more: str) -> Launched:
         """Submit it."""
-        done = subprocess.run(
-            self.words(*more), capture_output=True, text=True, env=self.slurm.environment, timeout=300
-        )
+        done = on_cluster(self.slurm, self.words(*more))
         assert done.returncode == 0, done.stderr
         return self
 
@@ -140,6 +137,18 @@ class Launched:
             raise
 
 
+def begin(slurm: Slurm, words: Sequence[str]) -> Started:
+    """Start a command that sees the cluster, with pipes."""
+    return start(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **slurm.environment)
+
+
+def on_cluster(slurm: Slurm, words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that sees the cluster."""
+    process = begin(slurm, words)
+    output, said = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(words, process.returncode or 0, output, said)
+
+
 def take_over(whole: Path, folder: Path, *artifacts: str) -> None:
     """Begin a run with the images and some complete artifacts of another."""
     shutil.copytree(whole / "data", folder / "data")
@@ -150,7 +159,7 @@ def take_over(whole: Path, folder: Path, *artifacts: str) -> None:
 def steps(run: Path) -> Sequence[int]:
     """The steps of the squeeze that were recorded, as they come."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["stage"] == "squeeze" and "images_per_second" in line]
+    return [line["step"] for line in lines if line["stage"] == "teacher" and "images_per_second" in line]
 
 
 def flat(states: Mapping[str, Sequence[str]]) -> set[str]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.launching import LONG, ONE_THREAD, STEPS, TWO_NODES, Launched, flat, steps, take_over
+from tests.cluster.launching import (
+    LONG,
+    ONE_THREAD,
+    STEPS,
+    TWO_NODES,
+    Launched,
+    begin,
+    flat,
+    on_cluster,
+    steps,
+    take_over,
+)
 from tests.cluster.slurm import Slurm
 from tests.resume.interruption import same
 from tests.running import command, contents, guard
@@ -61,8 +71,9 @@ def test_the_demo_ends_as_on_one_machine(slurm: Slurm, tmp_path: Path) -> None:
     def call(stage: str, root: str, *more: str) -> None:
         places = [f"run_root={tmp_path / root}", f"data_root={tmp_path}/data"]
         words = [sys.executable, "-m", "distill", stage, "experiment=demo", *places, *more]
-        done = subprocess.run(words, capture_output=True, text=True, env=slurm.environment)
-        assert done.returncode == 0, done.stderr
+        process = begin(slurm, words)
+        _, said = process.communicate(timeout=3000)
+        assert process.returncode == 0, said
 
     call("run", "alone")
     call("launch", "runs", "cluster=slurm_test", *ONE_THREAD)
@@ -93,10 +104,7 @@ def test_one_of_eight_launches_wins(slurm: Slurm, tmp_path: Path) -> None:
     """A launch of another run in the same moment is not disturbed. All jobs are held, so that none runs."""
     hold = "+cluster.options.hold=true"
     run, other = (Launched(slurm, tmp_path, hold, name=name) for name in ("run", "other"))
-    calls = [
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=slurm.environment)
-        for words in [run.words()] * 8 + [other.words()]
-    ]
+    calls = [begin(slurm, words) for words in [run.words()] * 8 + [other.words()]]
     said = [(*call.communicate(timeout=900), call.returncode) for call in calls]
     assert said[8][1:] == ("", 0), "the other run"
     won = [out for out, _, code in said[:8] if code == 0]
@@ -130,7 +138,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(slurm: Slurm, whole: Path, t
 def test_slurm_takes_the_scripts_of_a_large_cluster(slurm: Slurm, tmp_path: Path) -> None:
     places = [f"run_root={tmp_path}/runs", f"data_root={tmp_path}/data", "cluster.partition=a100"]
     words = [sys.executable, "-m", "distill", "launch", "experiment=imagenet1k_ipc50", "cluster=slurm_a100", *places]
-    done = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, env=slurm.environment)
+    done = on_cluster(slurm, [*words, "--dry-run"])
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir()), "nothing is written"
     overview, *parts = re.split(r"^==== (\S+) ====$", done.stdout, flags=re.MULTILINE)
