@@ -43,6 +43,7 @@ def run(
     command: str = "run",
     prepare: Callable[[Config], object] | None = None,
     patience: float = 0.0,
+    stay: bool = False,
 ) -> None:
     """Run one stage, or all, of each configuration; what is complete is left alone.
 
@@ -50,16 +51,23 @@ def run(
         command: ``run``, or the command of a stage.
         prepare: called on rank 0 when the options have been checked, once for each data set.
         patience: how long to wait for another process that trains in the same run, in seconds.
+        stay: do not leave before every unit is made, though all that are left are in the hands of others.
 
     Raises:
         GuardError: one sentence; what is finished is kept.
         Preempted: after SIGTERM, SIGUSR1 or SIGUSR2; the same call continues.
     """
     with preemptible():
-        _run(configs, command, prepare, patience)
+        _run(configs, command, prepare, patience, stay)
 
 
-def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], object] | None, patience: float) -> None:
+def _run(
+    configs: Sequence[Config],
+    command: str,
+    prepare: Callable[[Config], object] | None,
+    patience: float,
+    stay: bool,
+) -> None:
     first, rank = configs[0], detect().rank
     for config in configs:
         preflight(config, command)
@@ -68,7 +76,7 @@ def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], ob
         for config in {(str(each.dataset), str(each.format)): each for each in configs}.values():
             prepare(config)
     with processes(first.device, first.threads) as group:
-        left = [(config, *each) for config in configs for each in _run_one(config, command, group, patience)]
+        left = [(config, *each) for config in configs for each in _run_one(config, command, group, patience, stay)]
         if command in LEAVING:
             # Only now does a rank wait for the others, which may be at work on their last units.
             group.barrier()
@@ -76,10 +84,12 @@ def _run(configs: Sequence[Config], command: str, prepare: Callable[[Config], ob
             _say(group, config, stage, units_left(run_folder(config), artifact))
 
 
-def _run_one(config: Config, command: str, group: Processes, patience: float) -> list[tuple[Stage, Artifact]]:
+def _run_one(
+    config: Config, command: str, group: Processes, patience: float, stay: bool
+) -> list[tuple[Stage, Artifact]]:
     """Returns the shared artifacts that are not complete because others are at work on what is left of them."""
     left: list[tuple[Stage, Artifact]] = []
-    folder = run_folder(config)
+    folder, wait = run_folder(config), stay or command not in LEAVING
     prepared = PreparedSet.open(Path(config.data_root) / config.dataset.name)
     for split in {"train", config.evaluate.split}:
         prepared.samples(
@@ -109,7 +119,7 @@ def _run_one(config: Config, command: str, group: Processes, patience: float) ->
                 artifact.sweep()
         elif not shared:
             _work(stage, artifact, config, folder, prepared, group, patience)
-        elif not _share(stage, artifact, config, folder, prepared, group, wait=command not in LEAVING, beside=files):
+        elif not _share(stage, artifact, config, folder, prepared, group, wait=wait, beside=files):
             left.append((stage, artifact))
             continue
         _say(group, config, stage, "complete")

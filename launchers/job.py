@@ -87,7 +87,9 @@ class StageJob:
         else:
             from distill import pipeline
 
-            pipeline.run(self.configs, self.stage, patience=PATIENCE)
+            # One of an array stays until all is made: what waits for the array relies on it, and another may yet die.
+            stay = os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
+            pipeline.run(self.configs, self.stage, patience=PATIENCE, stay=stay)
         return 0
 
     def _report(self) -> None:

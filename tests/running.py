@@ -150,13 +150,13 @@ def free_port() -> str:
 
 def contents(run: Path) -> dict[str, bytes]:
     """Every byte of a run that must not depend on how it was interrupted: all but timings, provenance, logs,
-    the page that tells them, and the lock of those that do not share."""
+    launches, the page that tells them, and the lock of those that do not share."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
         if (
             not path.is_file()
-            or name.startswith(("metrics", "tensorboard", "workers"))
+            or name.startswith(("metrics", "tensorboard", "workers", "launch"))
             or name in ("provenance.json", "report.html", ".lock")
         ):
             continue

@@ -1,12 +1,16 @@
-"""The cluster of a test session, and its logs beside every test that fails on it."""
+"""The cluster of a test session, its logs beside every test that fails on it, and the run that nothing interrupts."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.cluster.launching import LONG
 from tests.cluster.slurm import Slurm, missing
+from tests.running import command, guard, ranks
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +21,27 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip(reason)
     with Slurm() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def teacher(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a teacher of two ranks that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    _check(guard(command(folder, *LONG, stage="prepare")))
+    # Equal bits need an equal number of ranks.
+    _check(ranks(2, command(folder, *LONG, stage="squeeze")))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(teacher: Path) -> Path:
+    """The folder of a complete run that nothing interrupted."""
+    _check(guard(command(teacher, *LONG)))
+    return teacher
+
+
+def _check(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.hookimpl(wrapper=True)

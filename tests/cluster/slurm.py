@@ -15,60 +15,16 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.cluster.configuration import NODES, write_configuration
 from tests.cluster.machines import NAMESPACES, Machine, run, until, variables
+from tests.cluster.scontrol import facts_of, name_of_job, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
-HEAD, NODES = "head", ("n1", "n2")
+HEAD = "head"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 PORTS = range(20000, 32000)
 """Below those that the kernel gives to connections."""
-
-CONFIGURATION = """\
-ClusterName=guard
-SlurmctldHost=head(127.0.0.1)
-SlurmctldPort={port}
-AuthType=auth/munge
-CredType=cred/munge
-# A requeued job waits for as long as a credential lives, two minutes if nothing is said.
-AuthInfo=socket={folder}/munge.socket,cred_expire=15
-SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SwitchType=switch/none
-MpiDefault=none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-ReturnToService=2
-JobRequeue=1
-OverTimeLimit=0
-KillWait=3
-MinJobAge=86400
-SlurmdTimeout=15
-SlurmdParameters=config_overrides
-GresTypes=gpu
-# Machines that are powered down until a job needs them: what asks for them can be tested, and is never started.
-SuspendProgram=/bin/true
-ResumeProgram=/bin/true
-SuspendTime=60
-SuspendExcNodes=n[1-2]
-NodeName=n1 NodeAddr=127.0.0.1 Port={ports[0]} CPUs=2 RealMemory=8000 State=UNKNOWN
-NodeName=n2 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000 State=UNKNOWN
-NodeName=a[1-64] CPUs=128 RealMemory=1000000 Gres=gpu:8 State=CLOUD
-PartitionName=gpu Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
-PartitionName=a100 Nodes=a[1-64] MaxTime=INFINITE State=UP OverSubscribe=NO
-"""
 
 
 def missing() -> str | None:
@@ -123,21 +79,14 @@ class Slurm:
         """Job id (``7``, ``7_0``; ``7_[1-3]`` for tasks of an array that wait) → what ``scontrol show job`` says."""
         found = {}
         for line in self.run("scontrol", "show", "job", "--oneliner").splitlines():
-            facts = _facts(line)
+            facts = facts_of(line)
             if "JobId" in facts:
-                found[_name(facts)] = facts
+                found[name_of_job(facts)] = facts
         return found
 
     def state(self, job: str) -> str:
         """State of a job or of one task of an array: PENDING, RUNNING, …; UNKNOWN when there is no such job."""
-        jobs = self.jobs()
-        if job in jobs:
-            return jobs[job]["JobState"]
-        array, _, task = job.partition("_")
-        for facts in jobs.values():
-            if facts.get("ArrayJobId") == array and task and _holds(facts["ArrayTaskId"], int(task)):
-                return facts["JobState"]
-        return "UNKNOWN"
+        return state_of(job, self.jobs())
 
     def wait(self, job: str, states: Iterable[str] | str = ENDED, seconds: float = 60) -> str:
         """Wait until a job is in one of some states (if nothing else is said: until it has ended); returns which."""
@@ -148,6 +97,14 @@ class Slurm:
             error.add_note(self.report())
             raise
         return self.state(job)
+
+    def test_only(self, *arguments: str) -> str:
+        """When and where a script would run, as Slurm says; RuntimeError when it does not take the script."""
+        words = ["sbatch", "--test-only", *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.environment, timeout=60)
+        if done.returncode:
+            raise RuntimeError(f"refused: {done.stderr.strip()}")
+        return done.stderr
 
     def hurry(self, job: str) -> None:
         """Let a job start now that Slurm holds back because it was requeued."""
@@ -199,25 +156,19 @@ class Slurm:
         return "\n".join(parts)
 
     def logs(self, last: int = 40) -> str:
-        """The last lines of every daemon's log."""
+        """The last lines of every daemon's log, and what was said before there were logs."""
         lines = []
         for log in sorted(self.folder.glob("*.log")):
-            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-last:]]
+            count = last if log.name.startswith("slurm") else 5
+            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-count:]]
         return "\n".join(lines)
 
     def _start(self) -> None:
         self.folder.chmod(0o755)
-        (self.folder / "state").mkdir()
-        for node in NODES:
-            (self.folder / f"spool-{node}").mkdir()
         own = Path("/etc/hosts").read_text().rstrip()
         (self.folder / "hosts").write_text(f"{own}\n127.0.0.1 {' '.join((HEAD, *NODES))}\n")
-        key = self.folder / "munge.key"
-        key.touch(mode=0o600)
-        key.write_bytes(secrets.token_bytes(128))
         port, *ports = _free_ports(3)
-        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, port=port, ports=ports))
-        (self.folder / "gres.conf").write_text("NodeName=a[1-64] Name=gpu Count=8\n")
+        write_configuration(self.folder, port, ports)
         for name in (HEAD, *NODES):
             self._boot(name)
         head = self.machines[HEAD]
@@ -241,7 +192,7 @@ class Slurm:
         return False
 
     def _ready(self, node: str, since: str) -> bool:
-        facts = _facts(self.run("scontrol", "show", "node", node, "--oneliner"))
+        facts = facts_of(self.run("scontrol", "show", "node", node, "--oneliner"))
         free = facts["State"].split("+")[0] in ("IDLE", "MIXED", "ALLOCATED") and "+" not in facts["State"]
         return free and facts["SlurmdStartTime"] >= since
 
@@ -265,25 +216,3 @@ def _free_ports(count: int) -> list[int]:
             trial.bind(("", port))
             found.append(port)
     return found
-
-
-def _facts(line: str) -> dict[str, str]:
-    """What scontrol says in one line; of values with spaces the first word."""
-    return dict(word.split("=", 1) for word in line.split(" ") if "=" in word)
-
-
-def _name(facts: dict[str, str]) -> str:
-    """What users call the job."""
-    if "ArrayJobId" not in facts:
-        return facts["JobId"]
-    task = facts["ArrayTaskId"].partition("%")[0]
-    return f"{facts['ArrayJobId']}_{task if task.isdigit() else f'[{task}]'}"
-
-
-def _holds(tasks: str, number: int) -> bool:
-    """Whether a list such as ``0-3,7%2`` holds a number."""
-    for part in tasks.partition("%")[0].split(","):
-        first, _, last = part.partition("-")
-        if int(first) <= number <= int(last or first):
-            return True
-    return False

@@ -96,7 +96,7 @@ def test_what_asks_for_too_much_is_refused(slurm: Slurm, tmp_path: Path) -> None
     script.write_text("#!/bin/bash\nsrun hostname\n")
     wide = ["--partition=a100", "--ntasks-per-node=8", "--cpus-per-task=16", "--mem=480GB"]
     for gpus in ("--gres=gpu:8", "--gpus-per-node=8"):
-        slurm.run("sbatch", "--test-only", *wide, gpus, "--nodes=64", str(script))
+        assert "on nodes a[1-64]" in slurm.test_only(*wide, gpus, "--nodes=64", str(script))
     for wrong in (["--gres=gpu:9"], ["--nodes=65"], ["--cpus-per-task=17"], ["--partition=none"], ["--mem=2000GB"]):
-        with pytest.raises(RuntimeError, match="--test-only"):
-            slurm.run("sbatch", "--test-only", *wide, *wrong, str(script))
+        with pytest.raises(RuntimeError, match="refused: "):
+            slurm.test_only(*wide, *wrong, str(script))

@@ -1,0 +1,185 @@
+"""What befalls jobs on a cluster, and that every run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.launching import LONG, STEPS, TWO_NODES, Launched, flat, steps, take_over
+from tests.cluster.machines import until
+from tests.cluster.slurm import ENDED, Slurm
+from tests.resume.interruption import same
+from tests.running import contents
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]
+AT_WORK = {
+    "squeeze": "teacher/.checkpoint-*",
+    "recover": "distilled/unit_00001.safetensors",
+    "relabel": "labels/epoch_0008.safetensors",
+}
+"""Stage → what is there when it is in the midst of its work."""
+MADE = {"squeeze": "teacher", "recover": "distilled", "relabel": "labels"}
+UNITS = {"recover": 6, "relabel": 80}
+BEFORE = {"squeeze": (), "recover": ("teacher",), "relabel": ("teacher", "distilled")}
+"""Stage → the artifacts that it needs, which are taken from the run that nothing interrupts."""
+USR2 = 1 << 11
+"""In the masks of /proc/PID/status."""
+
+
+def launched_at(stage: str, slurm: Slurm, whole: Path, folder: Path, *overrides: str) -> Launched:
+    """A run that is in the midst of a stage."""
+    take_over(whole, folder, *BEFORE[stage])
+    launched = Launched(slurm, folder, *LONG, *TWO_NODES, *overrides).launch()
+    assert next(iter(launched.states())) == stage, "what is complete is not submitted"
+    launched.at_work(AT_WORK[stage])
+    return launched
+
+
+def check(launched: Launched, whole: Path, stage: str) -> None:
+    """Assert that what a stage makes is what nothing interrupted; the stages after it are not waited for."""
+    launched.end(stage)
+    artifact = MADE[stage]
+    mine, theirs = (contents(folder / "runs/run" / artifact) for folder in (launched.folder, whole))
+    assert sorted(mine) == sorted(theirs)
+    assert [name for name in mine if mine[name] != theirs[name]] == []
+    slurm = launched.slurm
+    slurm.run("scancel", *(each for job in launched.ledger["jobs"] for each in job["ids"]))
+    launched.ended()
+
+
+def check_units(launched: Launched, stage: str) -> None:
+    """Assert that every unit of a stage was made, and none twice."""
+    made = launched.units(MADE[stage])
+    assert len(made) == UNITS[stage]
+    assert set(made.values()) == {1}, made
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "recover", "relabel"])
+def test_preempted(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
+    """As Slurm says it: SIGCONT and SIGTERM first, then the signal that submitit knows."""
+    launched = launched_at(stage, slurm, whole, tmp_path)
+    job = launched.jobs(stage)[0]
+    launched.preempt(job)
+    launched.end()
+    same(launched.folder, whole)
+    assert launched.restarts(job) == 1
+    assert launched.attempts(stage)[0] == ["start", "start", "exit 0"]
+    if stage == "squeeze":
+        assert steps(launched.run) == list(range(5, STEPS + 1, 5)), "no step is lost, none is done twice"
+    else:
+        check_units(launched, stage)
+
+
+def test_a_killed_task_of_an_array_is_tried_again(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    launched = launched_at("recover", slurm, whole, tmp_path)
+    slurm.signal(launched.jobs("recover")[0], "KILL")
+    check(launched, whole, "recover")
+    assert launched.attempts("recover") == [["start", "exit 137", "start", "exit 0"], ["start", "exit 0"]]
+    check_units(launched, "recover")
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "relabel"])
+def test_requeued_by_hand(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
+    launched = launched_at(stage, slurm, whole, tmp_path)
+    job = launched.jobs(stage)[0]
+    slurm.run("scontrol", "requeue", job)
+    slurm.wait(job, {"PENDING", *ENDED})
+    slurm.hurry(job)
+    check(launched, whole, stage)
+    assert launched.restarts(job) == 1
+    if stage == "squeeze":
+        assert steps(launched.run) == list(range(5, STEPS + 1, 5))
+    else:
+        check_units(launched, stage)
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "recover"])
+def test_a_daemon_dies_and_comes_back(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
+    """Sooner than Slurm notices: the job does not."""
+    launched = launched_at(stage, slurm, whole, tmp_path)
+    slurm.kill_slurmd("n1")
+    time.sleep(3)
+    slurm.start_slurmd("n1")
+    check(launched, whole, stage)
+    assert {launched.restarts(job) for job in launched.jobs(stage)} == {0}
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "recover"])
+def test_a_daemon_stays_away(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
+    """Slurm gives the node up and starts the job on another one, while the first one still works."""
+    launched = launched_at(stage, slurm, whole, tmp_path, "cluster.squeeze.nodes=1", "cluster.squeeze.tasks=2")
+    job = launched.jobs(stage)[0]
+    node = slurm.jobs()[job]["NodeList"]
+    slurm.kill_slurmd(node)
+    slurm.wait(job, {"PENDING", *ENDED})
+    slurm.hurry(job)
+    slurm.wait(job, {"RUNNING", *ENDED})
+    slurm.start_slurmd(node)
+    check(launched, whole, stage)
+
+
+@pytest.mark.parametrize("stage", ["squeeze", "recover", "relabel"])
+def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
+    """With all that runs on it: n1 holds both tasks of an array, and one of two ranks."""
+    launched = launched_at(stage, slurm, whole, tmp_path, "sharing.lease=20")
+    jobs = launched.jobs(stage)
+    slurm.cut_power("n1")
+    try:
+        for job in jobs:
+            slurm.wait(job, {"PENDING", *ENDED}, 120)
+            slurm.hurry(job)
+    finally:
+        slurm.restore_power("n1")
+    check(launched, whole, stage)
+    assert {launched.restarts(job) for job in jobs} == {1}
+
+
+def test_a_time_limit_that_is_too_short(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    """Slurm counts in minutes, so the processes are stopped until it has told them that their time is over."""
+    launched = launched_at("squeeze", slurm, whole, tmp_path, "cluster.squeeze.minutes=2", "cluster.notice=60")
+    (job,) = launched.jobs("squeeze")
+    slurm.signal(job, "STOP")
+    until(lambda: all(pending(each) for each in slurm.tasks(job)), 120, "the signal before the time limit")
+    slurm.signal(job, "CONT")
+    slurm.wait(job, {"PENDING", *ENDED})
+    slurm.hurry(job)
+    check(launched, whole, "squeeze")
+    assert launched.restarts(job) >= 1
+    assert "this job is timed-out" in launched.guard("logs", str(launched.run), "squeeze", "--lines=400").stdout
+    assert steps(launched.run) == list(range(5, STEPS + 1, 5))
+
+
+def pending(process: int) -> bool:
+    """Whether a process has not yet received the signal before a preemption that was sent to it."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return any(int(mask, 16) & USR2 for mask in re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)$", status, re.MULTILINE))
+
+
+def test_a_failing_stage(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    take_over(whole, tmp_path, "teacher")
+    launched = Launched(slurm, tmp_path, *LONG, "recover.lr=1e30", "cluster.retry=1").launch()
+    assert flat(launched.ended("recover")) == {"FAILED"}
+    assert flat(launched.ended("relabel", "evaluate", "report")) == {"CANCELLED"}
+    assert launched.attempts("recover")[0] == ["start", "exit 1", "start", "exit 1"]
+    assert not (launched.run / "labels").exists()
+    said = launched.guard("status", str(launched.run))
+    assert said.returncode == 1
+    assert re.search(r"^ +recover +failed .*exit code 1, tried 2 times: guard: .*loss.*_log\.out\)$", said.stdout, re.M)
+    for stage, cause in (("relabel", "recover, which has failed"), ("report", "evaluate, which was cancelled")):
+        assert re.search(rf"^ +{stage} +cancelled .*it needs {cause}$", said.stdout, re.M), said.stdout
+
+
+def test_preempted_too_often(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
+    launched = launched_at("squeeze", slurm, whole, tmp_path, "cluster.requeues=0")
+    slurm.signal(launched.jobs("squeeze")[0], "USR2")
+    assert flat(launched.ended("squeeze")) == {"FAILED"}
+    assert flat(launched.ended("recover", "relabel", "evaluate", "report")) == {"CANCELLED"}
+    assert launched.attempts("squeeze") == [["start", "exit 77"]]
+    said = launched.guard("status", str(launched.run)).stdout
+    assert "squeeze has been stopped 1 times, and cluster.requeues=0" in said
+    launched.launch("cluster.requeues=1")
+    check(launched, whole, "squeeze")
+    assert steps(launched.run) == list(range(5, STEPS + 1, 5)), "it goes on where it stopped"
