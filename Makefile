@@ -60,7 +60,7 @@ check: $(DEVELOP) ffcv
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory test
 
-bench: $(DEVELOP) ffcv
+bench: $(DEVELOP) ffcv strace
 	@for file in benchmarks/[a-z]*.py; do \
 	  if [ -e "$$file" ]; then \
 	    name=$$(basename "$$file" .py); \
@@ -110,6 +110,9 @@ browser:
 	$(call packages,Browser tests,command -v chromium && command -v chromedriver,chromium chromium-driver)
 
 # Two machines, as far as the network goes.
+strace:
+	$(call packages,Counts of system calls,command -v strace,strace)
+
 network:
 	$(call packages,Tests with network namespaces,command -v ip,iproute2)
 
