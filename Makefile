@@ -36,7 +36,7 @@ ifneq ($(shell $(BIN)/python -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null && echo 
 $(shell rm -f $(MADE) $(INSTALLED) $(DEVELOP))
 endif
 
-.PHONY: demo test check bench slow soak cluster clean browser network ffcv slurm
+.PHONY: demo test check bench slow soak cluster clean browser network ffcv slurm strace
 
 demo: $(INSTALLED)
 	$(BIN)/guard run experiment=demo
