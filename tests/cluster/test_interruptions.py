@@ -91,7 +91,9 @@ def test_a_killed_task_of_an_array(slurm: Slurm, whole: Path, tmp_path: Path) ->
     assert flat(launched.ended("relabel", "evaluate", "report")) == {"CANCELLED"}
     assert launched.ended("recover") == {"recover": ["CANCELLED", "COMPLETED"]}
     said = launched.guard("status", str(launched.run)).stdout
-    assert re.search(rf"^ +recover +failed .*job {killed} .*CANCELLED", said, re.MULTILINE), said
+    assert re.search(
+        rf"^ +recover +failed .*job {killed} ended without a word: .*CANCELLED AT .*_log\.out\)$", said, re.MULTILINE
+    ), said
     assert re.search(r"^ +relabel +cancelled .*it needs recover, which has failed$", said, re.MULTILINE), said
     launched.launch().end()
     assert differences(launched.run, whole / "runs/run") == []
