@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.configuration import NODES
 from tests.cluster.launching import LONG, STEPS, TWO_NODES, Launched, differences, flat, steps, take_over
 from tests.cluster.slurm import ENDED, Slurm
 
@@ -144,12 +145,15 @@ def test_a_daemon_stays_away(slurm: Slurm, whole: Path, tmp_path: Path, stage: s
     assert launched.restarts(job) == 1
 
 
-@pytest.mark.parametrize("stage", ["squeeze", "recover", "relabel"])
-def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path, stage: str) -> None:
-    """With all that runs on it: both tasks of an array, or one of two ranks."""
+@pytest.mark.parametrize(
+    ("stage", "which"), [("squeeze", "first"), ("squeeze", "second"), ("recover", "first"), ("relabel", "first")]
+)
+def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path, stage: str, which: str) -> None:
+    """With all that runs on it: both tasks of an array, or one of two ranks, with the job's shell or without it."""
     launched = launched_at(stage, slurm, whole, tmp_path, "sharing.lease=20")
     jobs = launched.jobs(stage)
-    node = slurm.jobs()[jobs[0]]["BatchHost"]
+    first = slurm.jobs()[jobs[0]]["BatchHost"]
+    node = first if which == "first" else next(each for each in NODES if each != first)
     slurm.cut_power(node)
     try:
         for job in jobs:
