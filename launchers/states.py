@@ -152,9 +152,11 @@ def tail(path: Path, lines: int) -> list[str]:
 
 def _last_error(launch: Launch, entry: Entry, task: Task) -> str:
     """The last line that says why a job has failed, with its log."""
+    # Of one that could not say it itself Slurm has: JOB 12 ON n1 CANCELLED AT … DUE TO TIME LIMIT.
+    marks = ("CANCELLED AT", *ERRORS) if task.state == "lost" else ERRORS
     for path in reversed([path for path in log_files(launch, entry) if path.name.startswith(f"{task.id}_")]):
         lines = tail(path, 60)
-        for mark in ERRORS:
+        for mark in marks:
             if found := [line for line in lines if mark in line]:
                 return f": {found[-1]} ({path})"
     return ""

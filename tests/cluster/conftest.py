@@ -14,18 +14,26 @@ from tests.running import command, guard, ranks
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Slurm]:
+def cluster() -> Iterator[Slurm]:
     """A real Slurm; see tests/cluster/slurm.py."""
     reason = missing()
     if reason:
         pytest.skip(reason)
-    with Slurm() as cluster:
-        yield cluster
+    with Slurm() as started:
+        yield started
+
+
+@pytest.fixture
+def slurm(cluster: Slurm) -> Iterator[Slurm]:
+    """The cluster of the session with an empty queue, before the test and after it."""
+    yield cluster
+    cluster.tidy()
 
 
 @pytest.fixture(scope="session")
-def teacher(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with a teacher of two ranks that nothing interrupted."""
+    # Where there is no cluster, nothing is compared with it.
     folder = tmp_path_factory.mktemp("whole")
     _check(guard(command(folder, *LONG, stage="prepare")))
     # Equal bits need an equal number of ranks.

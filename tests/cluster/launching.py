@@ -13,7 +13,7 @@ from typing import Any
 from tests.cluster.machines import until
 from tests.cluster.scontrol import state_of
 from tests.cluster.slurm import ENDED, Slurm
-from tests.running import Started, command, start
+from tests.running import Started, command, contents, start
 
 EPOCHS = 20
 STEPS = 20 * EPOCHS
@@ -154,6 +154,17 @@ def take_over(whole: Path, folder: Path, *artifacts: str) -> None:
     shutil.copytree(whole / "data", folder / "data")
     for name in artifacts:
         shutil.copytree(whole / "runs/run" / name, folder / "runs/run" / name)
+
+
+def differences(mine: Path, theirs: Path) -> list[str]:
+    """The files in which two runs differ, or that one of them lacks."""
+    here, there = contents(mine), contents(theirs)
+    # It holds the paths of the run and what its jobs ask for; and a lock is there only where a teacher was trained.
+    beside = {"config.yaml", ".lock"}
+    assert "config.yaml" in here
+    return sorted(
+        name for name in here.keys() | there.keys() if name not in beside and here.get(name) != there.get(name)
+    )
 
 
 def steps(run: Path) -> Sequence[int]:

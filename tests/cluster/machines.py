@@ -43,6 +43,11 @@ class Machine:
             raise RuntimeError(f"no namespaces for machine {name}: {log.read_text()}")
         self.init = children()[self._outer.pid][0]
 
+    @property
+    def ended(self) -> bool:
+        """Whether its power was cut."""
+        return self._outer.poll() is not None
+
     def start(self, *command: str) -> None:
         """Start a program that stays in the foreground."""
         self._say(f"{shlex.join(command)} </dev/null &")

@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -110,13 +109,9 @@ class Slurm:
         """Let a job start now that Slurm holds back because it was requeued."""
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def signal(self, job: str, name: str, rank: int | None = None) -> None:
-        """Send a signal to all tasks of a job, as Slurm does before it preempts, or straight to the task of a rank."""
-        if rank is None:
-            self.run("scancel", f"--signal={name}", job)
-            return
-        for process in self.tasks(job, rank):
-            os.kill(process, getattr(signal, f"SIG{name}"))
+    def signal(self, job: str, name: str) -> None:
+        """Let Slurm send a signal to all tasks of a job, as it does before it preempts."""
+        self.run("scancel", f"--signal={name}", job)
 
     def tasks(self, job: str, rank: int | None = None) -> list[int]:
         """Ids of the processes of a job: those of one rank, or all that srun has started."""
@@ -146,6 +141,16 @@ class Slurm:
         """Start a node whose power was cut."""
         self._boot(node)
         self.start_slurmd(node)
+
+    def tidy(self) -> None:
+        """Bring back what is missing, and end every job: one test must not disturb the next."""
+        for node in NODES:
+            if self.machines[node].ended:
+                self.restore_power(node)
+            elif not self.machines[node].processes("slurmd"):
+                self.start_slurmd(node)
+        self.run("scancel", "--user=root")
+        until(lambda: not self.run("squeue", "--noheader").strip(), 60, "an empty queue", every=0.2)
 
     def report(self) -> str:
         """The queue and the nodes."""

@@ -15,14 +15,14 @@ from tests.cluster.launching import (
     TWO_NODES,
     Launched,
     begin,
+    differences,
     flat,
     on_cluster,
     steps,
     take_over,
 )
 from tests.cluster.slurm import Slurm
-from tests.resume.interruption import same
-from tests.running import command, contents, guard
+from tests.running import command, guard
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 TINY = [
@@ -45,21 +45,14 @@ LOST = (
 )
 
 
-def compare(mine: Path, theirs: Path) -> None:
-    """Assert that both arms of two experiments are equal, byte for byte, but for the paths in their configurations."""
-    for arm in ("sre2l", "guard"):
-        here, there = contents(mine / arm), contents(theirs / arm)
-        assert sorted(here) == sorted(there)
-        assert [name for name in here if here[name] != there[name]] == ["config.yaml"]
-
-
 def test_an_experiment_ends_as_on_one_machine(slurm: Slurm, tmp_path: Path) -> None:
     launched = Launched(slurm, tmp_path / "cluster", *TINY, "cluster.relabel.workers=1").launch()
     done = guard(command(tmp_path / "alone", *TINY))
     assert done.returncode == 0, done.stderr
     launched.end()
     assert launched.attempts("guard/recover") == [["start", "exit 0"]] * 2
-    compare(launched.run, tmp_path / "alone/runs/run")
+    for arm in ("sre2l", "guard"):
+        assert differences(launched.run / arm, tmp_path / "alone/runs/run" / arm) == []
     assert (launched.run / "report.html").is_file()
     again = launched.guard(*launched.words()[3:])
     assert (again.returncode, again.stdout) == (0, f"{launched.run}: everything is complete.\n")
@@ -79,7 +72,8 @@ def test_the_demo_ends_as_on_one_machine(slurm: Slurm, tmp_path: Path) -> None:
     call("launch", "runs", "cluster=slurm_test", *ONE_THREAD)
     launched = Launched(slurm, tmp_path, name="demo", patience=2400)
     launched.end()
-    compare(launched.run, tmp_path / "alone/demo")
+    for arm in ("sre2l", "guard"):
+        assert differences(launched.run / arm, tmp_path / "alone/demo" / arm) == []
 
 
 def test_a_preempted_squeeze_goes_on(slurm: Slurm, teacher: Path, tmp_path: Path) -> None:
@@ -132,7 +126,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(slurm: Slurm, whole: Path, t
         runs.append(Launched(slurm, tmp_path / name, *LONG).launch())
     for launched in runs:
         launched.end()
-        same(launched.folder, whole)
+        assert differences(launched.run, whole / "runs/run") == []
 
 
 def test_slurm_takes_the_scripts_of_a_large_cluster(slurm: Slurm, tmp_path: Path) -> None:
