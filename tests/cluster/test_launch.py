@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser.tensorboard_page import check_run, missing_programs
 from tests.cluster.launching import (
     LONG,
     ONE_THREAD,
@@ -35,6 +36,7 @@ TINY = [
     "relabel.epochs=4",
     "relabel.batch_size=20",
     "evaluate.batch_size=20",
+    "evaluate.seeds=[0,1]",
     "attacks.epsilon=[8]",
     "attacks.max_images=20",
     "attacks.sanity_images=0",
@@ -45,11 +47,24 @@ LOST = (
 )
 
 
-def test_an_experiment_ends_as_on_one_machine(slurm: Slurm, tmp_path: Path) -> None:
-    launched = Launched(slurm, tmp_path / "cluster", *TINY, "cluster.relabel.workers=1").launch()
+@pytest.fixture(scope="module")
+def finished(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """A finished experiment of two arms, with two students each."""
+    launched = Launched(slurm, tmp_path_factory.mktemp("finished"), *TINY, "cluster.relabel.workers=1").launch()
+    launched.end()
+    return launched
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(missing_programs()), reason=missing_programs() or "-")
+def test_tensorboard_shows_every_stage_seed_and_worker(finished: Launched) -> None:
+    check_run(finished.run / "guard")
+
+
+def test_an_experiment_ends_as_on_one_machine(finished: Launched, tmp_path: Path) -> None:
+    launched = finished
     done = guard(command(tmp_path / "alone", *TINY))
     assert done.returncode == 0, done.stderr
-    launched.end()
     assert launched.attempts("guard/recover") == [["start", "exit 0"]] * 2
     for arm in ("sre2l", "guard"):
         assert differences(launched.run / arm, tmp_path / "alone/runs/run" / arm) == []
