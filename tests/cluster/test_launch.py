@@ -48,9 +48,9 @@ LOST = (
 
 
 @pytest.fixture(scope="module")
-def finished(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def finished(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """A finished experiment of two arms, with two students each."""
-    launched = Launched(slurm, tmp_path_factory.mktemp("finished"), *TINY, "cluster.relabel.workers=1").launch()
+    launched = Launched(cluster, tmp_path_factory.mktemp("finished"), *TINY, "cluster.relabel.workers=1").launch()
     launched.end()
     return launched
 
