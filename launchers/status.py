@@ -43,12 +43,6 @@ def _line(node: Node) -> str:
     return "  ".join(filter(None, (node.state, several, node.why or details, waits if not node.why else "")))
 
 
-def needs_attention(run: Path) -> bool:
-    """Whether a job of the latest launch has failed."""
-    launch = latest_launch(run)
-    return launch is not None and any(node.state == "failed" for node in nodes(launch)[0])
-
-
 def logs(run: Path, stage: str | None, lines: int) -> str:
     """The last lines of every log of the latest launch, or of one stage.
 
