@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from distill import cli
+from distill import cli, command_line
 from distill.data import DistilledSet
 from distill.errors import ArtifactError, ConfigError, MissingPackageError
 from distill.exchange import FORMATS
@@ -190,8 +190,10 @@ def test_equal_class_names_are_told_apart() -> None:
 
 
 def test_the_command_knows_the_formats() -> None:
-    assert {name: form.images for name, form in FORMATS.items()} == {name: f for name, (f, _) in cli.EXPORTS.items()}
-    assert cli.EXPORT_QUALITY == QUALITY
+    assert {name: form.images for name, form in FORMATS.items()} == {
+        name: f for name, (f, _) in command_line.EXPORTS.items()
+    }
+    assert command_line.EXPORT_QUALITY == QUALITY
 
 
 def test_the_command_exports_into_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
