@@ -106,7 +106,7 @@ class StageJob:
             # Leaving with a failure would make srun end rank 0 before it has asked Slurm to requeue the job.
             sys.exit(0)
         try:
-            signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"))
         except UncompletedJobError:
             print(
                 f"guard: {self.stage} has been stopped {self.stops + 1} times, and cluster.requeues={self.requeues}; "
