@@ -48,7 +48,7 @@ class Elastic:
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
-    def kill_when(self, ready: Callable[[], bool], rank: int) -> None:
+    def kill_when(self, ready: Callable[[], object], rank: int) -> None:
         """Kill a rank and wait until two new ones have come in place of both."""
         deadline = time.monotonic() + 300
         while not ready():
@@ -98,7 +98,8 @@ def test_every_stage_goes_on_when_a_rank_is_killed_in_it(
     assert done.returncode == 0, done.stderr
     run, folder = Elastic(tmp_path, LAUNCHER), tmp_path / "runs/run"
     run.kill_when(lambda: run.step() >= 10, 0)
-    run.kill_when(lambda: "recover: 0/" in run.log, 1)
+    # The other rank may have made a unit before rank 0 tells how far they are.
+    run.kill_when(lambda: re.search(r"recover: \d+/", run.log), 1)
     run.kill_when(lambda: bool(list(folder.glob("student/.checkpoint-*"))), 0)
     assert run.end() == 0, run.log
     mine, theirs = contents(folder), contents(whole / "runs/run")
