@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("run", metavar="RUN", help="run folder, or folder of an experiment, that was launched")
             if name == "logs":
                 command.add_argument("stage", nargs="?", metavar="STAGE", help="of this stage or job (default: all)")
-                command.add_argument("--lines", type=int, default=20, metavar="N", help="of each log (default: 20)")
+                command.add_argument("--lines", type=_lines, default=20, metavar="N", help="of each log (default: 20)")
             continue
         if name == "spectrum":
             _spectrum_options(command)
@@ -116,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
                 "--dry-run", action="store_true", help="print the graph and the scripts, submit nothing"
             )
     return parser
+
+
+def _lines(text: str) -> int:
+    if not int(text) > 0:
+        raise ValueError
+    return int(text)
 
 
 def _seconds(text: str) -> float:

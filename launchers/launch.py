@@ -27,7 +27,7 @@ def launch(configs: Sequence[Config], command: Sequence[str], *, dry_run: bool =
 
     Args:
         configs: the runs of one experiment.
-        command: the words of the command line, with those that choose one of the runs left out.
+        command: the words of the command line.
         dry_run: print the graph, the resources and the scripts instead; nothing is written.
 
     Raises:
@@ -105,16 +105,10 @@ def _check_free(place: Path) -> None:
                 f"{place} has been launched already, and these jobs are left: {_some(left)}; guard status {place} "
                 f"shows them, guard cancel {place} ends them."
             )
-    elif alive := _local_driver(record):
-        raise ArtifactError(f"{place} is being run by process {alive} of this machine; guard cancel {place} ends it.")
-
-
-def _local_driver(record: Launch) -> int:
-    """The process that runs the graph on this machine, 0 when it has ended."""
-    from distill.sharing.host import process_gone
-
-    alive = record.driver and record.host == socket.gethostname() and not process_gone(*record.driver)
-    return record.driver[0] if alive else 0
+    elif record.alive:
+        raise ArtifactError(
+            f"{place} is being run by process {record.driver[0]} of this machine; guard cancel {place} ends it."
+        )
 
 
 def _record(configs: Sequence[Config], command: Sequence[str], folder: Path) -> Launch:

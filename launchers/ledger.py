@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from distill.errors import ArtifactError
 from distill.files import json_text, listed, locked, read_json, write_atomic
+from distill.sharing.host import process_gone
 
 FOLDER, LEDGER, CODE = "launch", "launch.json", "code"
 ATTEMPTS = "attempts"
@@ -72,6 +74,11 @@ class Launch:
     def label(self) -> str:
         """Written on every job of it, by which they are found in a queue."""
         return f"guard:{self.folder.resolve()}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that runs a local launch is at work on this machine."""
+        return bool(self.driver) and self.host == socket.gethostname() and not process_gone(*self.driver)
 
     def write(self) -> None:
         """Write it down as it is now."""

@@ -81,7 +81,7 @@ def _node(launch: Launch, entry: Entry, tasks: Sequence[Task], before: Mapping[s
     if launch.state == "cancelled" or "cancelled" in states:
         return Node(entry, tasks, "cancelled", "by guard cancel" if launch.state == "cancelled" else "")
     if not tasks:
-        waits = launch.executor == "local" and launch.state == "running"
+        waits = launch.alive
         return Node(entry, tasks, "pending" if waits else "cancelled", "" if waits else "it was not submitted")
     gone = next((task for task in tasks if task.state not in ("done",)), tasks[0])
     return Node(entry, tasks, "failed", f"job {gone.id} {gone.text}{_last_error(launch, entry, gone)}")

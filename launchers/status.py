@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 from distill.errors import ArtifactError, GuardError
-from distill.sharing.host import process_gone
 from launchers.ledger import Launch, latest_launch
 from launchers.states import Node, log_files, nodes, tail
 
@@ -94,7 +93,7 @@ def cancel(run: Path) -> str:
 def _stop_driver(launch: Launch) -> str:
     if launch.host != socket.gethostname():
         raise GuardError(f"{launch.folder} was launched on {launch.host}; cancel it there.")
-    if not launch.driver or process_gone(*launch.driver):
+    if not launch.alive:
         return ""
     os.kill(launch.driver[0], signal.SIGTERM)
     return f"told process {launch.driver[0]} and the processes"

@@ -136,6 +136,11 @@ def test_only_launch_takes_options_of_clusters(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("words", [("logs", "run", "--lines=0"), ("status", "run", "--watch=0")])
+def test_counts_and_seconds_are_positive(tmp_path: Path, words: tuple[str, ...]) -> None:
+    assert guard([*command(tmp_path)[:3], *words]).returncode == 2
+
+
 def test_the_copy_of_the_code_is_what_runs(tmp_path: Path) -> None:
     folder = snapshot.take(tmp_path / "code")
     shown = subprocess.run(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from distill.errors import ArtifactError
+from distill.sharing.host import process_start
 from launchers.ledger import ATTEMPTS, Entry, Launch, latest_launch, launches, new_folder, read_launch, submitting
 from launchers.states import nodes, tail
 from launchers.status import describe, logs
@@ -14,7 +17,9 @@ from launchers.status import describe, logs
 
 def written(run: Path, **files: str) -> Launch:
     """A launch of two jobs on this machine, with what its shells have noted."""
-    launch = Launch(new_folder(run), "local", "local", "guard launch", "2026-01-01T00:00:00+00:00", "here", "running")
+    when, host = "2026-01-01T00:00:00+00:00", socket.gethostname()
+    launch = Launch(new_folder(run), "local", "local", "guard launch", when, host, "running")
+    launch.driver = [os.getpid(), process_start(os.getpid()) or 0]
     launch.jobs = [
         Entry("squeeze", "squeeze", str(run), [], "squeeze", "1 job", ["7"]),
         Entry("recover", "recover", str(run), ["squeeze"], "recover", "2 jobs", []),
@@ -48,6 +53,13 @@ def test_a_failure_is_told_with_its_reason_and_log_and_ends_what_waits_for_it(tm
 def test_a_job_that_was_stopped_is_no_failure(tmp_path: Path) -> None:
     launch = written(tmp_path, **{ATTEMPTS: "1 start 0 n1\n2 exit 75\n"})
     assert nodes(launch)[0][0].tasks[0].state == "stopped"
+
+
+def test_what_a_killed_launch_has_not_begun_waits_no_more(tmp_path: Path) -> None:
+    launch = written(tmp_path, **{ATTEMPTS: "1 start 0 n1\n2 exit 0\n"})
+    launch.driver[1] += 1
+    assert states(launch) == {"squeeze": "done", "recover": "cancelled"}
+    assert nodes(launch)[0][1].why == "it was not submitted"
 
 
 def test_logs_show_the_end_of_what_is_drawn_over_itself(tmp_path: Path) -> None:
