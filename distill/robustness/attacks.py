@@ -43,6 +43,9 @@ TOGETHER = frozenset(
     }
 )
 """Classes that treat the images of a batch each on its own; a test holds that. Any other gets one image at a time."""
+MEMORYLESS = frozenset({"BIM", "PGD", "TPGD"})
+"""Classes that make the next image from the present one, the clean one and the label alone, by steps of one size: where
+an image comes back, the rest repeats what was. A test holds that."""
 SEARCHING = ("CW", "DeepFool", "EADEN", "EADL1", "FAB", "JSMA", "OnePixel", "Pixle", "RepairedCW", "SparseFool")
 """Classes that look for a near image and may end outside the ball, where an image is not broken. Others must stay."""
 OFFICIAL_TARGETS = 9
@@ -92,11 +95,13 @@ class Stage:
     Attributes:
         key: names its random numbers among those of the attack.
         searching: whether it may end outside the ball.
+        memoryless: whether it makes the next image from the present one alone.
         start: (model, indices of the images) → what turns images and labels into adversarial images.
     """
 
     key: str
     searching: bool
+    memoryless: bool
     start: Callable[[nn.Module, Sequence[int]], Attack]
 
 
@@ -254,7 +259,12 @@ def _stages(attack: str, arguments: Mapping[str, Any], target: str, seed: int) -
         return run
 
     return [
-        Stage(f"{attack}{rank}.{restart}", attack in SEARCHING, functools.partial(start, rank=rank, restart=restart))
+        Stage(
+            f"{attack}{rank}.{restart}",
+            searching=attack in SEARCHING,
+            memoryless=attack in MEMORYLESS,
+            start=functools.partial(start, rank=rank, restart=restart),
+        )
         for rank in ranks
         for restart in range(restarts)
     ]

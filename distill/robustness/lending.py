@@ -12,9 +12,12 @@ from distill.errors import NonFiniteError
 from distill.robustness.folding import folded
 from distill.robustness.threat import Threat
 
+SHORTEST, SHARE = 4, 8
+"""An image is compared with one that it was at most that many steps ago, or that part of all steps so far."""
 
-class AllBroken(Exception):
-    """The attack has nothing left to do: every image that it was given is broken."""
+
+class NothingLeft(Exception):
+    """The attack has nothing left to do: every image that it was given is broken, or goes round in a circle."""
 
 
 class Watched(nn.Module):
@@ -24,6 +27,10 @@ class Watched(nn.Module):
     While a batch is attacked it notices the images that are broken, keeps how, and asks the network no more about
     them; and it counts the network's passes.
 
+    Nor does it ask about an image that goes round in a circle. An attack without memory makes each image from the one
+    before alone, here bit for bit; so where one comes back that was there before, all that would follow has been seen,
+    and none of it broke the image. PGD on L∞ gets there soon: at most corners of the ball its step changes nothing.
+
     Args:
         model: takes images in [0, 1], gives logits (N, classes).
         device: of the model.
@@ -32,6 +39,7 @@ class Watched(nn.Module):
     Attributes:
         forward_passes, backward_passes: summed over images, without those that fill up.
         broken: bool (rows,), of the batch under attack.
+        circling: bool (rows,), the images that nothing new can come of.
         adversarial: (rows, C, H, W), the first image that broke each.
     """
 
@@ -45,16 +53,22 @@ class Watched(nn.Module):
         self.threat: Threat | None = None
         self.rows = -1
 
-    def attack(self, clean: Tensor, labels: Tensor, count: int, threat: Threat | None) -> None:
+    def attack(
+        self, clean: Tensor, labels: Tensor, count: int, threat: Threat | None, memoryless: bool = False
+    ) -> None:
         """Begin to watch a batch.
 
         Args:
             clean: images in [0, 1] (rows, C, H, W), of which the first ``count`` are attacked; the others fill up.
             labels: int64 (rows,).
             threat: what breaks an image; None drops none and breaks none, as when another model is the victim.
+            memoryless: whether the attack makes its next image of an image from the present one alone.
         """
         self.clean, self.labels, self.threat = clean, labels, threat
+        self.memoryless = memoryless and threat is not None
+        self.steps, self.renewal, self.earlier = 0, SHORTEST, torch.full_like(clean, torch.nan)
         self.broken = torch.arange(len(clean), device=clean.device) >= count
+        self.circling = torch.zeros_like(self.broken)
         self.adversarial = clean.clone()
         self.rows = len(clean)
 
@@ -63,12 +77,12 @@ class Watched(nn.Module):
         self.rows = -1
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes). Rows of a whole batch that are broken get a constant answer without a gradient."""
+        """Logits (N, classes). In a whole batch, rows that are done with get a constant answer without a gradient."""
         if len(images) != self.rows:
             return self.logits(images)
-        alive = (~self.broken).nonzero().flatten()
+        alive = (~(self.broken | self.circling)).nonzero().flatten()
         if not len(alive):
-            raise AllBroken
+            raise NothingLeft
         if len(alive) == self.rows:
             answers = self.logits(images)
             self._notice(images, answers, alive)
@@ -108,6 +122,20 @@ class Watched(nn.Module):
                 wrong &= self.threat.allows(images, self.clean[rows])
                 self.adversarial[rows[wrong]] = images[wrong]
                 self.broken[rows[wrong]] = True
+            if self.memoryless and images.requires_grad:
+                self._compare(images, rows)
+
+    def _compare(self, images: Tensor, rows: Tensor) -> None:
+        """Find the images that are what they were some steps ago; now and then, take new ones to compare with.
+
+        One image is kept of each, not all of them, as in Brent's search for cycles. It is renewed the less often the
+        longer the attack goes on, so that longer circles are found later.
+        """
+        self.steps += 1
+        self.circling[rows] |= (images == self.earlier[rows]).flatten(1).all(1)
+        if self.steps >= self.renewal:
+            self.earlier[rows] = images
+            self.renewal = self.steps + max(SHORTEST, self.steps // SHARE)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from distill.progress import Progress
 from distill.randomness import seeded
 from distill.robustness.attacks import BuiltAttack, PlannedAttack, Stage, build
 from distill.robustness.drawing import PerImage
-from distill.robustness.lending import AllBroken, Watched, answers, lent
+from distill.robustness.lending import NothingLeft, Watched, answers, lent
 from distill.robustness.results import AttackReport, AttackResult, CleanResult
 from distill.robustness.suite import plan, shipped_suite
 from distill.robustness.threat import TOLERANCE, Threat
@@ -134,7 +134,8 @@ def run_attack(
     """Run one attack at one radius.
 
     An image that is wrong when clean is not robust and is never attacked. One that is broken is not looked at again,
-    neither by the rest of its attack nor by the other attacks of an ensemble. The global random state stays as it is.
+    neither by the rest of its attack nor by the other attacks of an ensemble; one that goes round in a circle is not
+    looked at by the rest of its attack (``Watched``). The global random state stays as it is.
 
     Args:
         model: takes float images (N, 3, H, W) in [0, 1], gives logits. It works in eval mode and without gradients of
@@ -183,7 +184,7 @@ def _attack(
     filled = 1 << max(len(rows) - 1, 1).bit_length() if built.together else len(rows)
     padding = torch.arange(filled, device=clean.device).clamp(max=len(rows) - 1)
     images, truth = clean[padding], labels[padding]
-    shown.attack(images, truth, len(rows), built.threat if shown is network else None)
+    shown.attack(images, truth, len(rows), built.threat if shown is network else None, stage.memoryless)
     purpose = f"attack:{label}:{stage.key}"
     try:
         with (
@@ -192,12 +193,12 @@ def _attack(
             torch.enable_grad(),
         ):
             found = stage.start(shown, indices)(images, truth).detach()[: len(rows)]
-    except AllBroken:
-        return torch.ones(len(rows), dtype=torch.bool)
+    except NothingLeft:
+        return shown.broken[: len(rows)].cpu()
     finally:
         shown.release()
     broken = shown.broken[: len(rows)].clone() if shown is network else torch.zeros_like(labels, dtype=torch.bool)
-    left = (~broken).nonzero().flatten()
+    left = (~(broken | shown.circling[: len(rows)])).nonzero().flatten()
     if len(left):
         _check_images(found[left], clean[left], built.threat, stage.searching, label)
         wrong = answers(network, found[left], f"images of {label}").argmax(1) != labels[left]

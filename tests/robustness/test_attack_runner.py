@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import random
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from distill.data.batch import Batch
 from distill.errors import DataError, GuardError, NonFiniteError
 from distill.robustness import attack_accuracy
-from distill.robustness.attacks import TOGETHER, PlannedAttack, library, parameters
+from distill.robustness.attacks import MEMORYLESS, TOGETHER, PlannedAttack, library, parameters
+from distill.robustness.lending import NothingLeft, answers, lent
 from distill.robustness.runner import run_attack, top_accuracy
 from distill.robustness.suite import plan, shipped_suite
+from distill.robustness.threat import Threat
 
 PGD = {"attack": "PGD", "steps": 5, "alpha_ratio": 0.25}
 
@@ -177,6 +180,69 @@ def test_an_image_is_dropped_as_soon_as_it_is_broken(network: nn.Module, batch: 
     result = runs[-1].attacks[0]
     assert (result.forward, result.backward) == (backward + left[7], backward)
     assert result.as_json()["effort"] == {"forward": (backward + left[7]) / right, "backward": backward / right}
+
+
+@pytest.mark.parametrize("name", sorted(MEMORYLESS))
+def test_images_that_go_round_in_a_circle_are_left_alone_and_nothing_else_changes(
+    network: nn.Module, batch: Batch, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = {"a": {"attack": name, "steps": 80, "alpha_ratio": 0.25}}
+    quick, again = (
+        attack_accuracy(network, [batch], suite, epsilon=[12], batch_size=size, forward_batch=8, quiet=True).attacks[0]
+        for size in (64, 5)
+    )
+    monkeypatch.setattr("distill.robustness.attacks.MEMORYLESS", frozenset())
+    (whole,) = attack_accuracy(network, [batch], suite, epsilon=[12], forward_batch=8, quiet=True).attacks
+    assert 0 < whole.robust.sum() < len(batch)
+    assert torch.equal(quick.robust, whole.robust)
+    assert quick.backward < 0.6 * whole.backward
+    assert quick.as_json() == again.as_json(), "when an image is left alone does not depend on its batch"
+    assert quick.specification == whole.specification
+
+
+@pytest.mark.parametrize("name", sorted(MEMORYLESS))
+def test_where_a_memoryless_attack_has_been_before_it_goes_the_same_way_again(
+    network: nn.Module, batch: Batch, name: str
+) -> None:
+    (planned,) = plan({"a": {"attack": name, "steps": 60, "alpha_ratio": 0.25}}, [12])
+    few = Batch(batch.images[:16], batch.labels[:16], batch.indices[:16])
+    watching = _Watching(network)
+    # Another model is the victim, so that no image is dropped, whatever it looks like.
+    right = torch.ones(16, dtype=torch.bool)
+    run_attack(network, few, right, planned, num_classes=10, forward_batch=16, source=watching, quiet=True)
+    steps = torch.stack(watching.shown)
+    assert len(steps) == 60
+    returns = 0
+    for image in steps.unbind(1):
+        before: dict[bytes, int] = {}
+        for step, now in enumerate(image[:-1]):
+            first = before.setdefault(now.numpy().tobytes(), step)
+            if first < step:
+                returns += 1
+                assert torch.equal(image[first + 1], image[step + 1])
+    assert returns > 100
+
+
+def test_a_circle_is_found_whatever_its_length(network: nn.Module) -> None:
+    """An attack that shows the same few images in turn."""
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    asked = {}
+    for length in (1, 2, 5, 12):
+        with lent(network, 4) as watched:
+            labels = answers(watched, images, "images").argmax(1)
+            clean, label = torch.zeros(1, 3, 16, 16), labels[:1]
+            for memoryless in (True, False):
+                watched.forward_passes = 0
+                watched.attack(clean, labels[:1], 1, Threat("Linf", 1.0), memoryless)
+                with contextlib.suppress(NothingLeft), torch.enable_grad():
+                    for step in range(400):
+                        # None is ever broken.
+                        watched.labels = labels[step % length : step % length + 1]
+                        watched(images[step % length][None].clone().requires_grad_())
+                asked[length, memoryless] = watched.forward_passes
+                watched.release()
+    assert [asked[length, False] for length in (1, 2, 5, 12)] == [400] * 4
+    assert [asked[length, True] for length in (1, 2, 5, 12)] == [5, 6, 45, 109]
 
 
 def test_an_ensemble_drops_what_an_earlier_part_broke(network: nn.Module, batch: Batch) -> None:
