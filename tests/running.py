@@ -148,6 +148,18 @@ def free_port() -> str:
             return str(port)
 
 
+def teacher(folder: Path) -> bytes:
+    """The weights of the teacher of the run below ``folder``."""
+    return (folder / "runs/run/teacher/weights.safetensors").read_bytes()
+
+
+def teacher_of_two_ranks(folder: Path, *overrides: str) -> bytes:
+    """Train the teacher of a run in two processes that nobody disturbs; its weights."""
+    done = ranks(2, command(folder, *overrides, stage="squeeze"))
+    assert done.returncode == 0, done.stderr
+    return teacher(folder)
+
+
 def contents(run: Path) -> dict[str, bytes]:
     """Every byte of a run that must not depend on how it was interrupted: all but timings, provenance, logs,
     launches, the page that tells them, and the lock of those that do not share."""

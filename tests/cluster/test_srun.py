@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.machines import until
 from tests.cluster.slurm import Slurm
-from tests.running import command, free_port, ranks
+from tests.running import command, free_port, teacher, teacher_of_two_ranks
 
 pytestmark = pytest.mark.cluster
 ASK = """
@@ -57,14 +57,7 @@ def test_slurms_own_variables_are_understood(slurm: Slurm, submit: Callable[...,
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    folder = tmp_path_factory.mktemp("reference")
-    done = ranks(2, command(folder, stage="squeeze"))
-    assert done.returncode == 0, done.stderr
-    return teacher(folder)
-
-
-def teacher(folder: Path) -> bytes:
-    return (folder / "runs/run/teacher/weights.safetensors").read_bytes()
+    return teacher_of_two_ranks(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.mark.slow

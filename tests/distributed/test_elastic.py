@@ -14,7 +14,7 @@ import pytest
 
 from distill.errors import Preempted
 from launchers.torchrun import children, hosts
-from tests.running import command, contents, guard, ranks, start
+from tests.running import command, contents, guard, ranks, start, teacher, teacher_of_two_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -25,14 +25,7 @@ LAUNCHER = ["-m", "launchers.torchrun", "2"]
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The teacher of two ranks that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("reference")
-    done = ranks(2, command(folder, stage="squeeze"))
-    assert done.returncode == 0, done.stderr
-    return teacher(folder)
-
-
-def teacher(folder: Path) -> bytes:
-    return (folder / "runs/run/teacher/weights.safetensors").read_bytes()
+    return teacher_of_two_ranks(tmp_path_factory.mktemp("reference"))
 
 
 class Elastic:

@@ -21,7 +21,7 @@ from distill.errors import exit_code as error_code
 from distill.training.preemption import GRACE
 from launchers.torchrun import children, exit_code
 from launchers.torchrun import main as launch
-from tests.running import command, environment, guard, start
+from tests.running import command, environment, guard, start, teacher
 
 pytestmark = pytest.mark.distributed
 
@@ -158,10 +158,6 @@ def check_metrics(path: Path) -> None:
     for line in lines:
         assert 0 <= line["data_wait"] <= 1
         assert min(line["learning_rate"], line["parameter_gradient"], line["loss"]) > 0
-
-
-def teacher(folder: Path) -> bytes:
-    return (folder / "runs/run/teacher/weights.safetensors").read_bytes()
 
 
 @pytest.mark.slow

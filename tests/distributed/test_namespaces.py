@@ -22,7 +22,7 @@ import pytest
 from distill.errors import LOST_ANOTHER
 from distill.training.meeting import SILENCE
 from launchers.torchrun import children
-from tests.running import command, environment, ranks
+from tests.running import command, environment, teacher, teacher_of_two_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -150,10 +150,6 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         found.close()
 
 
-def teacher(folder: Path) -> bytes:
-    return (folder / "runs/run/teacher/weights.safetensors").read_bytes()
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The teacher of two ranks on one machine that nobody disturbs."""
@@ -161,10 +157,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("reference")
-    done = ranks(2, command(folder, *OPTIONS, stage="squeeze"))
-    assert done.returncode == 0, done.stderr
-    return teacher(folder)
+    return teacher_of_two_ranks(tmp_path_factory.mktemp("reference"), *OPTIONS)
 
 
 def test_two_machines_make_the_teacher_of_one(machines: Machines, reference: bytes) -> None:

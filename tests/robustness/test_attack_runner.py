@@ -230,7 +230,7 @@ def test_a_circle_is_found_whatever_its_length(network: nn.Module) -> None:
     for length in (1, 2, 5, 12):
         with lent(network, 4) as watched:
             labels = answers(watched, images, "images").argmax(1)
-            clean, label = torch.zeros(1, 3, 16, 16), labels[:1]
+            clean = torch.zeros(1, 3, 16, 16)
             for memoryless in (True, False):
                 watched.forward_passes = 0
                 watched.attack(clean, labels[:1], 1, Threat("Linf", 1.0), memoryless)
