@@ -12,6 +12,7 @@ from distill.report.groups import Group
 from distill.report.history import read_history
 from distill.report.plots import Line, Plot
 from distill.robustness.metrics import mean, sample_deviation
+from distill.run_folder import SPECTRUM
 
 if TYPE_CHECKING:
     from distill.report.spectra import Spectrum
@@ -128,7 +129,7 @@ Spectra = Sequence[Sequence[Mapping[str, "Spectrum"]]]
 
 def read_all_spectra(groups: Sequence[Group]) -> Spectra:
     """The spectra of every run that has some."""
-    if not any((run.path / "spectrum").is_dir() for group in groups for run in group.runs):
+    if not any((run.path / SPECTRUM).is_dir() for group in groups for run in group.runs):
         return [[] for _ in groups]
     from distill.report.spectra import read_spectra
 

@@ -17,7 +17,7 @@ from distill.errors import ArtifactError, MissingPackageError
 from distill.files import listed, read_json, write_atomic
 from distill.robustness.bound import CURVED, Array, Spectrum
 from distill.robustness.metrics import mean, sample_deviation
-from distill.run_folder import read_manifest
+from distill.run_folder import SPECTRUM, read_manifest
 
 __all__ = [
     "Arm",
@@ -30,7 +30,6 @@ __all__ = [
     "write_spectra",
 ]
 
-FOLDER = "spectrum"
 LOWEST = 1e-4
 """Of the largest eigenvalue; what is smaller, negative ones too, is drawn on a linear scale."""
 
@@ -41,10 +40,10 @@ def read_spectra(run: Path) -> dict[str, Spectrum]:
     Raises:
         ArtifactError: a file is missing or damaged.
     """
-    folder = run / FOLDER
+    folder = run / SPECTRUM
     if "manifest.json" not in listed(folder):
         return {}
-    networks = read_manifest(folder, FOLDER)["networks"]
+    networks = read_manifest(folder, SPECTRUM)["networks"]
     return {name: Spectrum.read(folder / f"{name}.safetensors") for name in networks}
 
 
@@ -67,7 +66,7 @@ class Arm:
 
 def arms(runs: Sequence[Path]) -> list[Arm]:
     """Runs with spectra by the last part of their name (``guard`` of ``demo_0/guard``), in the order given."""
-    known = [(read_json(run / FOLDER / "spectrum.json"), read_spectra(run)) for run in runs]
+    known = [(read_json(run / SPECTRUM / "spectrum.json"), read_spectra(run)) for run in runs]
     places = [(str(summary["name"]).rsplit("/", 1)[-1], int(summary["seed"])) for summary, _ in known]
     found: dict[str, dict[tuple[int, str], Spectrum]] = {}
     for (last, seed), (summary, spectra) in zip(places, known, strict=True):

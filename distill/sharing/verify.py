@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.errors import ArtifactError
 from distill.files import digest, file_digest, listed, read_json, tensor_entries
-from distill.run_folder import RESULTS, STAGES, parts_of
+from distill.run_folder import RESULTS, SPECTRUM, STAGES, parts_of
 from distill.sharing.search import MANIFEST
 
 AGAIN = "run the same command again"
@@ -20,7 +20,7 @@ def verify(run: Path) -> tuple[list[str], list[str]]:
         One line for each artifact, and one sentence for everything that is wrong.
     """
     lines, faults = [], []
-    for name in STAGES:
+    for name in (*STAGES, *([SPECTRUM] if listed(run / SPECTRUM) else [])):
         folder = run / name
         if not listed(folder):
             lines.append(f"{folder}: not begun")

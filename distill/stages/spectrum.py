@@ -24,13 +24,13 @@ from distill.limits import check
 from distill.models import Normalize, load_teacher
 from distill.robustness.bound import Spectrum
 from distill.robustness.spectrum import check_radii, input_spectrum
-from distill.run_folder import Artifact, Recipe, read_manifest
+from distill.run_folder import SPECTRUM, Artifact, Recipe, read_manifest
 from distill.stages.student import load_student
 from distill.stages.work import Work
 from distill.training.monitor import NullMonitor
 from distill.training.processes import processes
 
-FOLDER, SUMMARY = "spectrum", "spectrum.json"
+SUMMARY = "spectrum.json"
 MADE_BY = {"teacher": "squeeze", "student": "evaluate"}
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 SPLITS = ("test", "validation", "train")
@@ -161,7 +161,7 @@ def _artifact(run: Path, config: Config, options: SpectrumOptions, prepared: Pre
     }
     inputs = {name: str(read_manifest(run / name, name)["fingerprint"]) for name in MADE_BY}
     recipe = Recipe(chosen | result_options(config, "seed", "dataset"), {"dataset": prepared.fingerprint, **inputs})
-    return _SpectrumArtifact(run / FOLDER, FOLDER, recipe)
+    return _SpectrumArtifact(run / SPECTRUM, SPECTRUM, recipe)
 
 
 def _images(work: Work, options: SpectrumOptions) -> Batch:

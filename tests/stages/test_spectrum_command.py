@@ -146,6 +146,24 @@ def copied(measured: tuple[Path, str], tmp_path: Path) -> Path:
     return tmp_path / "guard"
 
 
+def test_verify_reads_it_too(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(copied)]) == 0
+    assert f"{copied / 'spectrum'}: 4 files" in capsys.readouterr().out
+    path = copied / "spectrum/seed1.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", str(copied)]) == 1
+    manifest = copied / "spectrum/manifest.json"
+    assert (
+        capsys.readouterr().err
+        == f"guard: {path} is not what {manifest} says; remove both and run the same command again.\n"
+    )
+    shutil.rmtree(copied / "spectrum")
+    assert main(["verify", str(copied)]) == 0
+    assert "spectrum" not in capsys.readouterr().out
+
+
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command that must fail says, one sentence."""
     code = main(["spectrum", *arguments])
