@@ -12,8 +12,8 @@ Rounds alternate between the cases in one process, so that a busy machine slows 
 Seconds are those of the clock, and of the processor, which other programs disturb less.
 
 Where the time goes is told by passes: theirs makes 100 forward and backward passes for each image. Ours makes as many
-only for images that are right when clean, and only until they are broken (``floor``); passes that are filled up to
-their size compute more rows than that (``rows``).
+only for images that are right when clean, and only until they are broken or go round in a circle (``floor``); passes
+that are filled up to their size compute more rows than that (``rows``).
 
 The student is that of a run, or a ResNet-10 at half width that is trained here on CIFAR-10 with hard labels until it
 gets 60 % of the test images right; --weights FILE keeps it for the next time.
