@@ -29,7 +29,7 @@ class Watched(nn.Module):
 
     Nor does it ask about an image that goes round in a circle. An attack without memory makes each image from the one
     before alone, here bit for bit; so where one comes back that was there before, all that would follow has been seen,
-    and none of it broke the image. PGD on L∞ gets there soon: at most corners of the ball its step changes nothing.
+    and none of it broke the image. PGD on L∞ gets there soon, for its steps have one size and end at the ball's corners.
 
     Args:
         model: takes images in [0, 1], gives logits (N, classes).
@@ -66,7 +66,8 @@ class Watched(nn.Module):
         """
         self.clean, self.labels, self.threat = clean, labels, threat
         self.memoryless = memoryless and threat is not None
-        self.steps, self.renewal, self.earlier = 0, SHORTEST, torch.full_like(clean, torch.nan)
+        self.steps, self.renewal = 0, SHORTEST
+        self.earlier = torch.full_like(clean, torch.nan) if self.memoryless else clean
         self.broken = torch.arange(len(clean), device=clean.device) >= count
         self.circling = torch.zeros_like(self.broken)
         self.adversarial = clean.clone()
