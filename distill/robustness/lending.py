@@ -29,7 +29,7 @@ class Watched(nn.Module):
 
     Nor does it ask about an image that goes round in a circle. An attack without memory makes each image from the one
     before alone, here bit for bit; so where one comes back that was there before, all that would follow has been seen,
-    and none of it broke the image. PGD on L∞ gets there soon, for its steps have one size and end at the ball's corners.
+    and none of it broke the image. PGD on L∞ gets there soon: its steps have one size and lead to corners of the ball.
 
     Args:
         model: takes images in [0, 1], gives logits (N, classes).
