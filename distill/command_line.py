@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         if name in ("report", "status", "verify"):
-            command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold some")
+            command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders with runs below them")
             if name == "status":
                 watch = "show it again every so many seconds, 5 when none are given, until Ctrl-C"
                 command.add_argument("--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help=watch)
@@ -131,7 +131,7 @@ def _seconds(text: str) -> float:
 
 
 def _spectrum_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold some")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders with runs below them")
     command.add_argument("--images", type=int, default=100, metavar="N", help="real images, 0: all (default: 100)")
     command.add_argument("--top", type=int, default=1, metavar="K", help="eigenvalues of each image (default: 1)")
     command.add_argument(

@@ -39,7 +39,7 @@ def write_page(path: Path, folders: Sequence[str | Path]) -> bool:
 
     Args:
         path: the HTML file.
-        folders: run folders, or folders that hold some.
+        folders: run folders, or folders with runs below them.
 
     Returns:
         Whether there is a page: not where no run is finished.

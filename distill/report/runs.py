@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[IncompleteRu
 
 
 def run_folders(paths: Iterable[str | Path], *, none: bool = False) -> list[Path]:
-    """The run folders among or in the given folders, finished or not.
+    """The run folders among or below the given folders, finished or not.
 
     Args:
         none: a folder may hold no run.
@@ -71,13 +71,23 @@ def run_folders(paths: Iterable[str | Path], *, none: bool = False) -> list[Path
     for path in map(Path, paths):
         if not path.is_dir():
             raise ArtifactError(f"The run folder {path} does not exist.")
-        folders = [path] if _is_run(path) else sorted(folder for folder in path.iterdir() if _is_run(folder))
+        folders = list(_below(path))
         if not folders and not none:
             raise ArtifactError(
-                f"{path} holds no run: neither it nor a folder in it has a results.json or config.yaml."
+                f"{path} holds no run: neither it nor any folder below it has a results.json or config.yaml."
             )
         found += folders
     return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The runs at and below a folder, sorted; a run holds no other, and links are followed to runs alone."""
+    if _is_run(folder):
+        yield folder
+        return
+    for each in sorted(folder.iterdir()):
+        if each.is_dir() and not each.name.startswith(".") and (_is_run(each) or not each.is_symlink()):
+            yield from _below(each)
 
 
 def _is_run(folder: Path) -> bool:

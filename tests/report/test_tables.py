@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from distill.errors import ArtifactError
 from distill.files import write_json
 from distill.report.comparison import compare_runs
+from distill.report.runs import run_folders
 from distill.report.sections import leader
 from tests.report.conftest import RunMaker, network
 
@@ -172,6 +174,19 @@ def test_fewer_images_attacked_than_tested(make_run: RunMaker) -> None:
     student = network(0, 0.5, {("pgd20", 8.0): 0.4})
     student["attacks"][0]["count"] = 100
     assert "images 500 (100 attacked)" in compare_runs([make_run("one", PLAIN, [student])]).caption
+
+
+def test_runs_are_found_at_any_depth_and_none_within_a_run(experiment: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "all/seed0/deep"
+    deep.mkdir(parents=True)
+    shutil.copytree(experiment, deep / "demo")
+    (tmp_path / "all/.hidden").symlink_to(experiment)
+    (tmp_path / "all/circle").symlink_to(tmp_path / "all")
+    (tmp_path / "all/linked").symlink_to(experiment / "guard")
+    shutil.copytree(experiment / "guard", deep / "demo/guard/export")
+    found = [deep / "demo/guard", deep / "demo/sre2l"]
+    assert run_folders([tmp_path / "all"]) == [tmp_path / "all/linked", *found]
+    assert run_folders([deep, experiment]) == [*found, experiment / "guard", experiment / "sre2l"]
 
 
 def test_wrong_folders_are_one_sentence(experiment: Path, tmp_path: Path) -> None:
