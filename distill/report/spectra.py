@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tabulate import tabulate
@@ -19,11 +20,15 @@ from distill.robustness.bound import CURVED, Array, Spectrum
 from distill.robustness.metrics import mean, sample_deviation
 from distill.run_folder import SPECTRUM, read_manifest
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = [
     "Arm",
     "Spectrum",
     "arms",
     "draw_profiles",
+    "profile_figure",
     "profile_statement",
     "read_spectra",
     "spectra_table",
@@ -181,10 +186,14 @@ def _level(spectra: Mapping[tuple[int, str], Spectrum]) -> float:
 
 
 def draw_profiles(runs: Sequence[Path], path: Path) -> None:
-    """Sorted λ₁ of students and of teachers, one curve for each arm with a band of ± sd over its networks (Fig. 2).
+    """Write the figure of ``profile_figure`` to a PNG file, atomically. Raises as it does."""
+    buffer = io.BytesIO()
+    profile_figure(runs).savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    write_atomic(path, buffer.getvalue())
 
-    Args:
-        path: PNG file, written atomically.
+
+def profile_figure(runs: Sequence[Path]) -> Figure:
+    """Sorted λ₁ of students and of teachers: a curve for each arm, the mean of its networks in their range (Fig. 2).
 
     Raises:
         ArtifactError: networks of one arm were measured on different numbers of images.
@@ -209,8 +218,9 @@ def draw_profiles(runs: Sequence[Path], path: Path) -> None:
             counted = f"{len(profiles)} {'student' if students else 'teacher'}{'s' if len(profiles) > 1 else ''}"
             panel.plot(position, middle, color=f"C{number}", label=f"{arm.name} ({counted})")
             if len(profiles) > 1:
-                sd = profiles.std(axis=0, ddof=1)
-                panel.fill_between(position, middle - sd, middle + sd, color=f"C{number}", alpha=0.25, linewidth=0)
+                # Deviations would go below zero, which a logarithmic axis shows as far away.
+                lowest, highest = profiles.min(axis=0), profiles.max(axis=0)
+                panel.fill_between(position, lowest, highest, color=f"C{number}", alpha=0.25, linewidth=0)
             largest = max(largest, float(np.abs(profiles).max()))
         panel.set_title("students" if students else "teachers")
         panel.set_xlabel("images in order of λ₁ [%]")
@@ -219,9 +229,7 @@ def draw_profiles(runs: Sequence[Path], path: Path) -> None:
             panel.legend()
     panels[0].set_ylabel("λ₁, largest eigenvalue of the input Hessian")
     panels[0].set_yscale("symlog", linthresh=LOWEST * largest or 1.0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
+    return figure
 
 
 def _profiles(arm: Arm, students: bool) -> Array:

@@ -23,7 +23,7 @@ from distill.data.decode import decode_square
 from distill.errors import ArtifactError
 from distill.files import write_json
 from distill.models import Normalize, load_teacher
-from distill.report.spectra import arms, draw_profiles, profile_statements, read_spectra, spectra_table
+from distill.report.spectra import arms, draw_profiles, profile_figure, profile_statements, read_spectra, spectra_table
 from distill.robustness import top_eigenvalues
 from distill.robustness.bound import Spectrum
 from distill.run_folder import Artifact, Recipe
@@ -256,6 +256,11 @@ def made_run(folder: Path, name: str, seed: int, curves: dict[str, list[float]])
     return run
 
 
+def by_position(corners: np.ndarray) -> list[np.ndarray]:
+    """The heights of a band at each of its positions."""
+    return [corners[corners[:, 0] == position, 1] for position in np.unique(corners[:, 0])]
+
+
 def test_the_statement_on_two_arms(tmp_path: Path) -> None:
     """Sorted first; equal values do not lie below; pairs are of equal seeds, whatever the order."""
     runs = []
@@ -276,6 +281,12 @@ def test_the_statement_on_two_arms(tmp_path: Path) -> None:
     colours = np.asarray(Image.open(io.BytesIO((tmp_path / "all.png").read_bytes())).convert("RGB")).reshape(-1, 3)
     for colour in ((31, 119, 180), (255, 127, 14)):
         assert (colours == colour).all(axis=1).any(), "each arm has its curve"
+    students_panel, _ = profile_figure(runs).axes
+    (curve, _), (band, *_) = students_panel.lines, students_panel.collections
+    assert curve.get_ydata() == pytest.approx([4, 2, 1, 1 / 3]), "the mean of the three sorted profiles"
+    corners = band.get_paths()[0].vertices
+    ranges = {(each.min(), each.max()) for each in by_position(corners)}
+    assert ranges == {(3, 5), (2, 2), (1, 1), (0, 0.5)}
 
 
 def test_arms_that_are_not_seeds_of_one_another(tmp_path: Path) -> None:
