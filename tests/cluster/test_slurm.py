@@ -17,9 +17,11 @@ from tests.cluster.slurm import Slurm
 
 pytestmark = pytest.mark.cluster
 HOLD = """
-import time
+import signal, time
 from tests.cluster.slurm import Slurm
 
+# It is ignored by what a script started with an ampersand, as the tests may be.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Slurm() as slurm:
     slurm.run("sbatch", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 600")
     while len(slurm.tasks("1")) < 2:
