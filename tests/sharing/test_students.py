@@ -149,4 +149,6 @@ def test_one_that_was_taken_for_dead_wakes_up(begun: tuple[Path, Started], alone
         ended(worker)
     records = check(folder, alone)
     made = [(unit["unit"], unit["result"]) for each in records for unit in each["units"]]
-    assert [result for unit, result in made if unit == "seed0.safetensors"].count("equal") == 1
+    # The slower one finds an equal student there, or has looked before its end and left it to the other.
+    results = [result for unit, result in made if unit == "seed0.safetensors"]
+    assert sorted(results) in (["published"], ["equal", "published"])
