@@ -86,7 +86,7 @@ def _below(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for each in sorted(folder.iterdir()):
-        if each.is_dir() and not each.name.startswith(".") and (_is_run(each) or not each.is_symlink()):
+        if each.is_dir() and not each.name.startswith(".") and (not each.is_symlink() or _is_run(each)):
             yield from _below(each)
 
 
