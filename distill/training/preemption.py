@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -32,7 +33,7 @@ AGENT = "GUARD_AGENT"
 
 
 class _Stop(KeyboardInterrupt):
-    """Raised by the handler; not an Exception, so that no handler of errors on the way swallows it."""
+    """Raised by the handler; not an Exception, so that few on the way swallow it."""
 
 
 class _State:
@@ -42,6 +43,7 @@ class _State:
         self.requested, self.deferred = False, True
         self.number: int | None = None
         self.forking = False
+        self.raised: weakref.ref[_Stop] | None = None
         self.hook = sys.unraisablehook
         self.ended = threading.Event()
         self.reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -56,24 +58,33 @@ class _State:
         self._note(number)
         self.requested = True
         if not self.deferred:
-            raise _Stop
+            raise self._stop()
+
+    def _stop(self) -> _Stop:
+        """One that is watched: Python drops it in finalisers, and ``copyreg``, which serves ``copy`` and ``pickle``,
+        does by its ``except: pass``. When it is no more and the work goes on, the thread sends the signal again.
+        """
+        stop = _Stop()
+        self.raised = weakref.ref(stop, self._dropped)
+        return stop
+
+    def _dropped(self, stop: weakref.ref[_Stop]) -> None:
+        self.requested = False
 
     def _note(self, *numbers: int) -> None:
         """Keep the first: the thread sends SIGTERM in place of another that could not be answered."""
         if self.number is None:
             self.number = next((number for number in numbers if number in SIGNALS), None)
 
-    def swallowed(self, unraisable: Any) -> None:
-        """Python's hook for what cannot be raised, as in a finaliser: there the thread sends the signal again."""
-        if unraisable.exc_type is _Stop:
-            self.requested = False
-        else:
-            self.hook(unraisable)
+    def unraisable(self, failure: Any) -> None:
+        """Python's hook for what cannot be raised, as in a finaliser; of a signal there is nothing to tell."""
+        if failure.exc_type is not _Stop:
+            self.hook(failure)
 
     def resume(self) -> None:
         self.deferred = False
         if self.requested:
-            raise _Stop
+            raise self._stop()
 
     def _watch(self, agent: int | None) -> None:
         """End this process where its main thread cannot: the handler runs only between two steps of Python code."""
@@ -134,7 +145,7 @@ def preemptible(*, last: bool = False) -> Iterator[None]:
     _guard_forks()
     state.thread.start()
     wakeup = signal.set_wakeup_fd(state.writer, warn_on_full_buffer=False)
-    sys.unraisablehook = state.swallowed
+    sys.unraisablehook = state.unraisable
     try:
         try:
             for number in SIGNALS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import multiprocessing
 import os
@@ -107,6 +108,33 @@ def test_a_signal_inside_a_finaliser_ends_the_work_all_the_same(capfd: pytest.Ca
     assert time.monotonic() - began < 15
     assert sys.unraisablehook is hook
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_signal_that_copy_drops_ends_the_work_all_the_same() -> None:
+    """``copyreg._slotnames`` sets an attribute under ``except: pass``; an attack that copied its model went on."""
+
+    class Setting(type):
+        def __setattr__(cls, name: str, value: object) -> None:
+            send()
+            time.sleep(0.01)
+
+    class Copied(metaclass=Setting):
+        pass
+
+    reached = []
+
+    @preemptible()
+    def work() -> None:
+        copy.copy(Copied())
+        reached.append("the next line")
+        time.sleep(30)
+
+    began = time.monotonic()
+    with pytest.raises(Preempted) as stopped:
+        work()
+    assert reached, "it was not dropped"
+    assert stopped.value.signal == signal.SIGUSR2
+    assert time.monotonic() - began < 15
 
 
 def test_other_failures_inside_a_finaliser_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
