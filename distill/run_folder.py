@@ -24,8 +24,8 @@ from distill.files import digest, file_digest, json_text, listed, read_json, rem
 FORMAT_VERSION = 1
 STAGES = ("teacher", "distilled", "labels", "student", "outcomes")
 """Artifacts of a run in the order in which they are made."""
-SPECTRUM = "spectrum"
-"""An artifact that a run has when it is asked for by a command of its own."""
+SPECTRUM, SPECTRUM_SUMMARY = "spectrum", "spectrum.json"
+"""An artifact that a run has when it is asked for by a command of its own, and its file of numbers to read."""
 RESULTS = "results.json"
 """What a run comes to, beside its artifacts; made from the outcomes, and there when they are told."""
 METRICS, METRICS_OF_WORKERS = "metrics.jsonl", "metrics"

@@ -18,7 +18,7 @@ from distill.errors import ArtifactError, MissingPackageError
 from distill.files import listed, read_json, write_atomic
 from distill.robustness.bound import CURVED, Array, Spectrum
 from distill.robustness.metrics import mean, sample_deviation
-from distill.run_folder import SPECTRUM, read_manifest
+from distill.run_folder import SPECTRUM, SPECTRUM_SUMMARY, read_manifest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ class Arm:
 
 def arms(runs: Sequence[Path]) -> list[Arm]:
     """Runs with spectra by the last part of their name (``guard`` of ``demo_0/guard``), in the order given."""
-    known = [(read_json(run / SPECTRUM / "spectrum.json"), read_spectra(run)) for run in runs]
+    known = [(read_json(run / SPECTRUM / SPECTRUM_SUMMARY), read_spectra(run)) for run in runs]
     places = [(str(summary["name"]).rsplit("/", 1)[-1], int(summary["seed"])) for summary, _ in known]
     found: dict[str, dict[tuple[int, str], Spectrum]] = {}
     for (last, seed), (summary, spectra) in zip(places, known, strict=True):

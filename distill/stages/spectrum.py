@@ -24,13 +24,12 @@ from distill.limits import check
 from distill.models import Normalize, load_teacher
 from distill.robustness.bound import Spectrum
 from distill.robustness.spectrum import check_radii, input_spectrum
-from distill.run_folder import SPECTRUM, Artifact, Recipe, read_manifest
+from distill.run_folder import SPECTRUM, SPECTRUM_SUMMARY, Artifact, Recipe, read_manifest
 from distill.stages.student import load_student
 from distill.stages.work import Work
 from distill.training.monitor import NullMonitor
 from distill.training.processes import processes
 
-SUMMARY = "spectrum.json"
 MADE_BY = {"teacher": "squeeze", "student": "evaluate"}
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 SPLITS = ("test", "validation", "train")
@@ -114,7 +113,7 @@ def measure(run: Path, options: SpectrumOptions, *, device: str = "auto", data_r
             if not path.is_file():
                 _measure(work, name, images, options).write(path)
         spectra = {name: Spectrum.read(artifact.folder / f"{name}.safetensors") for name in names}
-        write_json(artifact.folder / SUMMARY, _summary(config, options, spectra))
+        write_json(artifact.folder / SPECTRUM_SUMMARY, _summary(config, options, spectra))
         artifact.finish(networks=names)
 
 
