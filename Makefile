@@ -109,10 +109,10 @@ endef
 browser:
 	$(call packages,Browser tests,command -v chromium && command -v chromedriver,chromium chromium-driver)
 
-# Two machines, as far as the network goes.
 strace:
 	$(call packages,Counts of system calls,command -v strace,strace)
 
+# Two machines, as far as the network goes.
 network:
 	$(call packages,Tests with network namespaces,command -v ip,iproute2)
 
