@@ -45,8 +45,6 @@ def configurations(overrides: Sequence[str], folder: str | None) -> list[Config]
 def _departs(given: set[str]) -> bool:
     """Whether overrides change more than seeds, places and speed: then published accuracies do not stand beside."""
     harmless = {key for key, _, field in options() if not field.metadata["result"]}
-    # Paths of what results are made from: the content counts, in the fingerprints.
-    others_work = given & {"recover.images", "recover.teachers"}
-    return bool(
-        others_work or given - harmless - {"experiment", "engine", "loader", "cluster", "seed", "evaluate.seeds"}
-    )
+    # No part of a fingerprint themselves: a name of further options, and paths of which the content counts.
+    harmless -= {"method", "squeeze.weights", "recover.images", "recover.teachers"}
+    return bool(given - harmless - {"experiment", "engine", "loader", "cluster", "seed", "evaluate.seeds"})

@@ -61,8 +61,10 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
         raise ConfigError(_one_sentence(error)) from error
     assert isinstance(config, Config)
     check(config)
-    if not config.recover.iterations and not config.recover.images:
-        # Nothing is optimised, so that no method has made these images.
+    # No method of ours has made images that are ready, nor those that are never optimised.
+    if config.recover.images:
+        config.method = "ready images"
+    elif not config.recover.iterations:
         config.method = "real images"
     for group in ("regularizer", "loader", "format"):
         name = getattr(config, group).name

@@ -90,6 +90,11 @@ def _check_together(config: Config) -> None:
         )
     if c.squeeze.epochs == 0 and not c.squeeze.weights:
         raise ConfigError("squeeze.epochs=0 needs initial weights in squeeze.weights.")
+    if c.squeeze.epochs == 0 and c.regularizer.name != "none":
+        raise ConfigError(
+            f"regularizer={c.regularizer.name} is about the training of the teacher; squeeze.epochs=0 trains none. Set "
+            "squeeze.epochs, or regularizer=none."
+        )
     for name in ("every", "fraction"):
         if getattr(c.regularizer, name) != 1 and c.regularizer.name in ("none", "adversarial"):
             raise ConfigError(f"regularizer.{name} thins out a penalty; regularizer={c.regularizer.name} has none.")

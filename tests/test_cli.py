@@ -150,7 +150,10 @@ def test_config_prints_what_is_resolved(capsys: pytest.CaptureFixture[str]) -> N
         main(["config", "experiment=imagenette_ipc10", "arm=guard", "recover.ipc=1", "recover.images_per_class=1"]) == 0
     )
     assert yaml.safe_load(capsys.readouterr().out)["published"] == {}
-    for other in ("recover.teachers=[runs/b]", "recover.images=set.pt"):
+    for other in (
+        *("recover.teachers=[runs/b]", "recover.images=set.pt", "method=cda"),
+        "squeeze.weights=torchvision:IMAGENET1K_V1",
+    ):
         assert main(["config", "experiment=imagenette_ipc10", "arm=guard", other]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["published"] == {}
     assert main(["config", "experiment=demo", "arm=nope"]) == 2

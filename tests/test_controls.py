@@ -196,6 +196,7 @@ def test_controls_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             ["control_full", "convnet has no batch norm"],
         ),
         (["experiment=sre2l_imagenet1k_ipc10", "controls=adversarial"], ["control_adversarial", "squeeze.epochs=0"]),
+        (["experiment=sre2l_imagenet1k_ipc10", "regularizer=curvature"], ["regularizer=curvature", "squeeze.epochs=0"]),
         (["recover.iterations=0"], ["recover.iterations=0", "recover.start=random_patches", "noise would stay noise"]),
         (["recover.iterations=0", "recover.start=best_patches", "recover.compile=true"], ["recover.compile=true"]),
         (["recover.iterations=0", "recover.start=best_patches", "recover.snapshots=[0]"], ["recover.snapshots"]),

@@ -135,7 +135,7 @@ def build(planned: PlannedAttack, num_classes: int, seed: int, values: int) -> B
         values: numbers of an image, 3·H·W.
 
     Raises:
-        ConfigError: the attack does not work for so few classes.
+        ConfigError: see ``check_classes``.
     """
     given = {key: value for key, value in planned.arguments.items() if key not in OURS}
     own = {**OURS, **{key: value for key, value in planned.arguments.items() if key in OURS}}
@@ -151,7 +151,7 @@ def build(planned: PlannedAttack, num_classes: int, seed: int, values: int) -> B
         used["n_classes"] = given.get("n_classes", min(num_classes, OFFICIAL_TARGETS + 1))
     if "seed" in used:
         used["seed"] = seed if used["seed"] is None or "seed" not in given else given["seed"]
-    _check_classes(planned, used.get("n_classes"), num_classes)
+    check_classes(planned, num_classes)
     threat = _threat(planned, name, used, bool(own["within_radius"]), values)
     parts = _ensemble(used) if planned.attack == "AutoAttack" else [(name, used)]
     stages = [stage for attack, arguments in parts for stage in _stages(attack, arguments, own["target"], seed)]
@@ -169,6 +169,24 @@ def build(planned: PlannedAttack, num_classes: int, seed: int, values: int) -> B
     used_seed = int(used.get("seed", seed))
     together = all(attack in TOGETHER for attack, _ in parts)
     return BuiltAttack(stages, threat, together, used_seed, specification)
+
+
+def check_classes(planned: PlannedAttack, num_classes: int) -> None:
+    """Whether an attack works for a model of so many classes.
+
+    Raises:
+        ConfigError: naming ``attacks.suite.<name>``.
+    """
+    key, attack, arguments = f"attacks.suite.{planned.name}", planned.attack, planned.arguments
+    # The loss DLR divides by a difference that involves the third largest logit, its targeted version the fourth.
+    needed = 4 if attack in ("APGDT", "AutoAttack") else 3 if arguments.get("loss") == "dlr" else 0
+    if num_classes < needed:
+        what = attack if needed == 4 else f"{attack} with loss=dlr"
+        raise ConfigError(f"{key}: {what} needs at least {needed} classes and the model has {num_classes}.")
+    if arguments.get("n_classes", 0) > num_classes:
+        raise ConfigError(
+            f"{key}.n_classes={arguments['n_classes']} must not exceed the model's {num_classes} classes."
+        )
 
 
 @functools.cache
@@ -214,15 +232,6 @@ def _threat(planned: PlannedAttack, name: str, used: Mapping[str, Any], within: 
 def _needs_only_a_model(cls: type) -> bool:
     signature = inspect.signature(cls)
     return [p.name for p in signature.parameters.values() if p.default is p.empty] == ["model"]
-
-
-def _check_classes(planned: PlannedAttack, n_classes: int | None, num_classes: int) -> None:
-    key = f"attacks.suite.{planned.name}"
-    # Their targeted loss divides by a difference that involves the fourth largest logit.
-    if planned.attack in ("APGDT", "AutoAttack") and num_classes < 4:
-        raise ConfigError(f"{key}: {planned.attack} needs at least 4 classes and the model has {num_classes}.")
-    if n_classes is not None and n_classes > num_classes:
-        raise ConfigError(f"{key}.n_classes={n_classes} must not exceed the model's {num_classes} classes.")
 
 
 def _ensemble(used: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -82,13 +82,13 @@ def judge(attacks: Sequence[Mapping[str, Any]], checked: Sequence[Mapping[str, A
 
 
 def _monotone(attacks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One check for each attack that ran at several radii: a larger one does at least as much harm."""
+    """One check for each attack that ran at several radii: a larger one does at least the harm of any smaller one."""
     names = dict.fromkeys((each["name"], each.get("norm", "Linf")) for each in attacks if each["epsilon"] is not None)
     found = []
     for name, norm in names:
         curve = [a for a in attacks if (a["name"], a.get("norm", "Linf")) == (name, norm)]
         curve = sorted((each for each in curve if each["epsilon"] is not None), key=lambda each: each["epsilon"])
-        pairs = list(itertools.pairwise(curve))
+        pairs = list(itertools.combinations(curve, 2))
         if pairs:
             small, large = max(pairs, key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
             passed = large["accuracy"] <= small["accuracy"] + SLACK

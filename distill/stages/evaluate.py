@@ -24,7 +24,7 @@ from distill.models import Normalize, load_teacher
 from distill.progress import Progress
 from distill.provenance import environment
 from distill.robustness import sanity
-from distill.robustness.attacks import PlannedAttack
+from distill.robustness.attacks import PlannedAttack, check_classes
 from distill.robustness.metrics import attack_label, ratios, summarise
 from distill.robustness.results import AttackResult
 from distill.robustness.runner import run_attack, top_accuracy
@@ -60,7 +60,7 @@ def planned_outcomes(config: Config, attacked: int = 1) -> list[Outcome]:
     """Everything that is to be tested, with so many images under attack.
 
     Raises:
-        ConfigError: the attacks do not fit torchattacks.
+        ConfigError: the attacks do not fit torchattacks, or the number of classes.
     """
     networks = ["teacher"] if config.evaluate.teacher else []
     networks += [f"seed{seed}" for seed in config.evaluate.seeds]
@@ -68,6 +68,8 @@ def planned_outcomes(config: Config, attacked: int = 1) -> list[Outcome]:
     attacks = plan(options.suite, options.epsilon, options.norm) if options.suite else []
     if taken := next((attack.name for attack in attacks if attack.name.startswith(sanity.PREFIX)), None):
         raise ConfigError(f"attacks.suite.{taken} must not begin with {sanity.PREFIX}, which names our own checks.")
+    for attack in attacks:
+        check_classes(attack, config.dataset.num_classes)
     blocks = range(-(-attacked // options.block))
     outcomes = []
     for network in networks:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill.config import Config
 from distill.data.batch import Batch
 from distill.data.loaders import test_loader, training_loader
-from distill.errors import ArtifactError
+from distill.errors import ArtifactError, ConfigError
 from distill.files import save_tensors
 from distill.models import Normalize, average_statistics, build_network, load_initial_weights, synchronise_batchnorm
 from distill.models.teacher import WEIGHTS
@@ -157,6 +157,12 @@ def _train(work: Work, network: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     loader = training_loader(
         config, work.prepared, rank=processes.rank, world_size=processes.world_size, device=processes.device
     )
+    steps = config.squeeze.epochs * len(loader)
+    if config.regularizer.every > steps:
+        raise ConfigError(
+            f"regularizer.every={config.regularizer.every} is more than the {steps} steps of the training, which would "
+            f"see no penalty; use at most {steps}."
+        )
     optimizer, schedule = build_optimizer(network, config.squeeze, config.squeeze.epochs, len(loader))
     engine = build_engine(config.engine, processes)
     engine.prepare(

@@ -85,6 +85,7 @@ def test_a_run_goes_on_from_ready_images(
     assert manifest["source"] == {"kind": "folder", "sha256": images_fingerprint(folder)}
     results = json.loads((imported / "results.json").read_text())
     assert results["ipc"] == manifest["ipc"] == 3
+    assert results["method"] == "ready images"
     assert results["recover"] == {"source": manifest["source"]}
     assert len(results["students"][0]["attacks"]) == 2
     write(imported, "parquet", tmp_path / "again")

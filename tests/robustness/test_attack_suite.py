@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from distill.compose import compose
 from distill.errors import ConfigError, MissingPackageError
+from distill.preflight import preflight
 from distill.robustness import attacks
 from distill.robustness.attacks import PlannedAttack, norm_of
 from distill.robustness.suite import plan, shipped_suite
@@ -131,6 +133,17 @@ def test_too_few_classes_for_a_targeted_attack() -> None:
     (one,) = plan({"fab": {"attack": "FAB", "n_classes": 20}}, [1.0])
     with pytest.raises(ConfigError, match=r"attacks\.suite\.fab\.n_classes=20 must not exceed"):
         build(one)
+    (one,) = plan({"dlr": {"attack": "APGD", "loss": "dlr"}}, [1.0])
+    with pytest.raises(ConfigError, match=r"attacks\.suite\.dlr: APGD with loss=dlr needs at least 3 classes"):
+        build(one, 2)
+
+
+@pytest.mark.parametrize(
+    "given", [["dataset.num_classes=3", "attacks=paper"], ["+attacks.suite.x={attack: FAB, n_classes: 500}"]]
+)
+def test_what_fits_no_model_of_the_data_set_is_told_before_any_work(given: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"attacks\.suite\..* the model"):
+        preflight(compose(["experiment=demo", *given]), "run")
 
 
 def test_without_torchattacks_the_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,8 @@ def test_a_larger_ball_that_helps_is_suspicious() -> None:
     assert judge(curve(0.2, 0.6, 0.4), [])["flags"] == []
     (flag,) = judge(curve(0.5, 0.6, 0.4), [])["flags"]
     assert flag == "gradient masking suspected: pgd leaves 50.0 % standing at 4, 40.0 % at pgd@2"
+    (flag,) = judge(curve(0.238, 0.2, 0.219), [])["flags"]
+    assert "23.8 % standing at 4, 20.0 % at pgd@1" in flag, "small rises add up"
     assert judge([{"name": "cw", "epsilon": None, "accuracy": 0.3}], []) == {"flags": [], "checks": []}
 
 

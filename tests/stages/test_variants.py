@@ -107,6 +107,14 @@ def test_initial_weights_without_training(root: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_penalty_that_comes_after_the_last_step_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher would be a plain one under the name of the regulariser."""
+    places = [f"run_root={root / 'runs'}", f"data_root={root / 'data'}", "name=never"]
+    given = ["regularizer=curvature", "regularizer.every=1000"]
+    assert main(["squeeze", *FAST, *places, *given]) == 2
+    assert "regularizer.every=1000 is more than the" in capsys.readouterr().err
+
+
 def test_the_held_out_images_are_not_trained_on(root: Path) -> None:
     run(root, "any", command="prepare")
     prepared = PreparedSet.open(root / "data/digits")
