@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.data.labels import SoftLabelStore, reused, stored_epoch
+from distill.data.order import Order
 from distill.data.views import ViewBatch, Views
 from distill.randomness import permutation
 
@@ -22,6 +23,8 @@ class Teacher(Protocol):
 
 class ViewLoader:
     """Shuffled batches of views; every image once an epoch, the last batch may be smaller.
+
+    A single image that is left over joins the batch before it: batch norm could not take it alone.
 
     Where only some epochs are stored, views and labels are those of ``stored_epoch``, varied as ``reused`` says; the
     order of the images is that of the student's own epoch.
@@ -42,19 +45,31 @@ class ViewLoader:
         labels: SoftLabelStore | None = None,
         teacher: Teacher | None = None,
     ):
-        self.views, self.batch_size, self.seed, self.labels, self.teacher = views, batch_size, seed, labels, teacher
+        self.views, self.labels, self.teacher = views, labels, teacher
         self.epoch, self.position = 0, 0
+        count = len(views.images)
+        self._order = Order(
+            count,
+            batch_size,
+            seed,
+            shuffle=True,
+            drop_last=False,
+            permute=lambda epoch: permutation(seed, "order:student", epoch, count),
+        )
 
     def __len__(self) -> int:
-        return -(-len(self.views.images) // self.batch_size)
+        return len(self._order)
+
+    @property
+    def largest_batch(self) -> int:
+        """Images of the largest batch."""
+        return self._order.largest_share
 
     def __iter__(self) -> Iterator[ViewBatch]:
         views, count = self.views, len(self.views.images)
-        order = permutation(self.seed, "order:student", self.epoch, count)
         epoch = stored_epoch(views.config, views.seed, self.epoch)
-        while self.position < len(self):
-            start = self.position * self.batch_size
-            indices = order[start : start + self.batch_size].tolist()
+        for share in self._order.batches(self.epoch, self.position):
+            indices = share.tolist()
             batch, logits = views.batch(epoch, indices), None
             images = reused(views.config, views.seed, self.epoch, indices, batch.images)
             if self.labels is not None:

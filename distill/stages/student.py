@@ -96,11 +96,10 @@ def _fresh(config: Config, seed: int) -> nn.Module:
     )
 
 
-def _online_teacher(work: Work, distilled: DistilledSet, normalize: Normalize) -> Teacher:
+def _online_teacher(work: Work, normalize: Normalize, batch_size: int) -> Teacher:
     network, relabel = load_teacher(work.run / "teacher", work.processes.device), work.config.relabel
     if relabel.teacher_mode == "train":
         return nn.Sequential(normalize, network.train())
-    batch_size = min(work.config.evaluate.batch_size, len(distilled))
     return Inference(network, normalize, precision=relabel.precision, compiled=relabel.compile, batch_size=batch_size)
 
 
@@ -110,13 +109,11 @@ def _train(work: Work, distilled: DistilledSet, seed: int) -> nn.Module:
     processes = dataclasses.replace(work.processes, rank=0, world_size=1)
     normalize = Normalize(distilled.mean, distilled.std).to(device)
     views = Views(distilled.images, distilled.labels, config.relabel, config.seed)
-    labels: SoftLabelStore | None = None
-    teacher: Teacher | None = None
+    loader = ViewLoader(views, config.evaluate.batch_size, seed_for(config.seed, "student", seed))
     if config.evaluate.labels == "soft" and config.relabel.mode == "stored":
-        labels = SoftLabelStore(work.run / "labels", build_codec(config.relabel, config.dataset.num_classes))
+        loader.labels = SoftLabelStore(work.run / "labels", build_codec(config.relabel, config.dataset.num_classes))
     elif config.evaluate.labels == "soft":
-        teacher = _online_teacher(work, distilled, normalize)
-    loader = ViewLoader(views, config.evaluate.batch_size, seed_for(config.seed, "student", seed), labels, teacher)
+        loader.teacher = _online_teacher(work, normalize, loader.largest_batch)
 
     network = _fresh(config, seed).to(device).to(memory_format=torch.channels_last)
     optimizer, schedule = build_optimizer(network, config.evaluate, config.relabel.epochs, len(loader))

@@ -60,6 +60,7 @@ VARIANTS = {
         "dataset.max_per_class=50",
         "evaluate.split=validation",
     ],
+    "one_left": ["teacher.stem=imagenet", "recover.ipc=1", "evaluate.batch_size=3"],
     "no_teacher": ["evaluate.teacher=false", "evaluate.max_images=50", "evaluate.seeds=[3,4]"],
 }
 
