@@ -41,6 +41,10 @@ def launch(configs: Sequence[Config], command: Sequence[str], *, dry_run: bool =
         check_batches(config, cluster.squeeze.nodes * cluster.squeeze.tasks)
     _warn(configs[0])
     _check_sources(configs)
+    if cluster.executor == "local":
+        from launchers.local import check_gpus
+
+        check_gpus(build_graph(configs))
     if dry_run:
         print(_plan(build_graph(configs), _record(configs, command, place / FOLDER / "NEXT")))
         return

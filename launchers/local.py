@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 from submitit import LocalExecutor
 from submitit.local.local import LocalJob
 
-from distill.errors import SIGNALS, GuardError, Preempted
+from distill.errors import SIGNALS, ConfigError, GuardError, Preempted
 from launchers.graph import Job
 from launchers.job import StageJob
 from launchers.ledger import ATTEMPTS, CODE, Launch
@@ -21,6 +22,19 @@ from launchers.torchrun import children
 
 POLL = 0.3
 """Seconds between two looks at the processes."""
+
+
+def check_gpus(jobs: Sequence[Job]) -> None:
+    """Raises ConfigError when the workers of a job ask for more GPUs at a time than CUDA_VISIBLE_DEVICES lists."""
+    visible = _visible_gpus()
+    for job in jobs:
+        together = min(job.workers, job.configs[0].cluster.parallel)
+        if visible is not None and together * job.resources.gpus > len(visible):
+            raise ConfigError(
+                f"{job.key} asks for {together} x {job.resources.gpus} GPUs, and "
+                f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} lists {len(visible)}; lower "
+                f"cluster.{job.stage}.gpus, the workers or cluster.parallel, or list more."
+            )
 
 
 def run_graph(jobs: Sequence[Job], works: Mapping[str, StageJob], launch: Launch) -> None:
@@ -88,7 +102,7 @@ class _Node:
         return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
     def _start(self, worker: int, slot: int) -> LocalJob[None]:
-        asked, first = self.job.resources, slot * self.job.resources.gpus
+        asked = self.job.resources
         executor = LocalExecutor(
             self.logs, max_num_timeout=self.cluster.requeues + 1, python=self.cluster.python or None
         )
@@ -96,11 +110,12 @@ class _Node:
             timeout_min=asked.minutes,
             tasks_per_node=self.job.tasks,
             gpus_per_node=asked.gpus,
-            visible_gpus=tuple(range(first, first + asked.gpus)),
             signal_delay_s=self.cluster.notice,
             stderr_to_stdout=True,
             setup=self.cluster.setup,
         )
+        # Not by update_parameters, which takes numbers alone: GPUs have UUIDs too.
+        executor.parameters["visible_gpus"] = _gpus_of(slot, asked.gpus)
         with _environment(self.launch.folder / CODE, asked.cpus):
             process = executor.submit(self.work)
         assert isinstance(process, LocalJob)
@@ -122,6 +137,23 @@ class _Node:
                 if each != int(process.job_id) or not self.cluster.setup:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(each, signal.SIGTERM)
+
+
+def _visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES lists; None where it is not set. For CUDA the list ends before an entry of no GPU."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return None
+    names = [name.strip() for name in listed.split(",")]
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+def _gpus_of(slot: int, count: int) -> tuple[str, ...]:
+    """The GPUs of the worker in a slot, as CUDA_VISIBLE_DEVICES names them."""
+    visible, first = _visible_gpus(), slot * count
+    if visible is None:
+        return tuple(map(str, range(first, first + count)))
+    return tuple(visible[first : first + count])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from distill.compose import compose
+from distill.config_cluster import JobConfig
 from distill.errors import GuardError
 from launchers import snapshot
+from launchers.graph import Job
+from launchers.ledger import Entry, Launch, now
+from launchers.local import check_gpus, run_graph
 from tests.running import command, contents, environment, guard
 
 SHORT = (
@@ -126,6 +132,58 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     assert done.returncode == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "gpus", "seen"),
+    [
+        ("4,5", 1, {"4", "5"}),
+        ("GPU-8a, GPU-1c,MIG-3f,7", 2, {"GPU-8a,GPU-1c", "MIG-3f,7"}),
+        (None, 2, {"0,1", "2,3"}),
+        ("4,5", 0, {""}),
+    ],
+)
+def test_local_jobs_see_the_gpus_that_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, gpus: int, seen: set[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    config = compose(["dataset=digits", "cluster=local"])
+    jobs = [Job("recover", "recover", (config,), 2, JobConfig(gpus=gpus), ())]
+    check_gpus(jobs)
+    # The first to come waits for the other, so that both have their GPUs at the same time.
+    line = (
+        'mkdir "$0/both" || touch "$0/met"; echo "$CUDA_VISIBLE_DEVICES" >> "$0/seen"; '
+        'until [ -e "$0/met" ]; do sleep 0.1; done'
+    )
+    work = functools.partial(subprocess.check_call, ["sh", "-c", line, str(tmp_path)])
+    entry = Entry("recover", "recover", str(tmp_path), [], "recover", "")
+    run_graph(jobs, {"recover": work}, Launch(tmp_path, "local", "local", "", now(), "", jobs=[entry]))
+    lines = (tmp_path / "seen").read_text().splitlines()
+    assert (len(lines), set(lines)) == (2, seen)
+
+
+@pytest.mark.parametrize(
+    ("listed", "count", "overrides"),
+    [
+        ("4,5", 2, ("cluster.recover.workers=3", "cluster.recover.gpus=1", "recover.classes_per_unit=1")),
+        ("4,5,-1,6", 2, ("cluster.squeeze.gpus=3",)),
+        ("", 0, ("cluster.squeeze.gpus=1",)),
+    ],
+)
+def test_more_gpus_than_are_listed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, count: int, overrides: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    done = guard(launch(tmp_path, *overrides))
+    assert done.returncode == 2
+    assert f"CUDA_VISIBLE_DEVICES={listed} lists {count}; lower cluster." in done.stderr
+    assert not (tmp_path / "runs").exists()
+    fitting = guard(
+        launch(tmp_path, *overrides[:2], "cluster.parallel=2", "cluster.squeeze.gpus=0", options=("--dry-run",))
+    )
+    assert fitting.returncode == 0, fitting.stderr
 
 
 def test_only_launch_takes_options_of_clusters(tmp_path: Path) -> None:
