@@ -9,6 +9,7 @@ Recipe and manifest are written once: of several processes the first wins, and t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import ArtifactError
-from distill.files import digest, file_digest, json_text, listed, read_json, remove, write_first
+from distill.files import digest, file_digest, json_text, listed, read_json, remove, write_atomic, write_first
 
 FORMAT_VERSION = 1
 STAGES = ("teacher", "distilled", "labels", "student", "outcomes")
@@ -204,16 +205,21 @@ def copy_artifact(source: Path, target: Path) -> None:
 
     Raises:
         ArtifactError: when a file of the source is not what its manifest says.
+        OSError: a full disk; nothing of the copy is left.
     """
     remove(target.parent.glob(f".{target.name}.*.tmp"))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copytree(source, temporary)
-    for name, entry in read_json(temporary / "manifest.json")["files"].items():
-        if not (temporary / name).is_file() or file_digest(temporary / name) != entry["sha256"]:
-            shutil.rmtree(temporary)
-            raise ArtifactError(f"{source / name} is damaged: it is not what {source / 'manifest.json'} says.")
-        with open(temporary / name, "rb") as file:
-            os.fsync(file.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+    try:
+        for name, entry in read_json(source / "manifest.json")["files"].items():
+            content = (source / name).read_bytes() if (source / name).is_file() else b""
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise ArtifactError(f"{source / name} is damaged: it is not what {source / 'manifest.json'} says.")
+            write_atomic(temporary / name, content)
+        for name in ("recipe.json", "manifest.json"):
+            write_atomic(temporary / name, (source / name).read_bytes())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except BaseException:
+        remove([temporary])
+        raise

@@ -239,6 +239,22 @@ def test_a_full_disk_loses_nothing(finished: Path, small_disk: Path, tmp_path: P
     assert [name for name in theirs if mine.get(name) != theirs[name]] == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs mount")
+def test_a_full_disk_leaves_nothing_of_a_reused_teacher(run: Path, small_disk: Path) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(500 * 1024))
+    options = [f"squeeze.reuse={run / 'runs/run'}", f"run_root={small_disk}"]
+    arguments = command(run, *options, name="other", stage="squeeze")
+    told = sentence(guard(arguments), 1)
+    assert f"No space is left on the device at {small_disk / 'other'}" in told
+    assert not list((small_disk / "other").glob(".teacher*"))
+    filler.unlink()
+    done = guard(arguments)
+    assert done.returncode == 0, done.stderr
+    for name in ("recipe.json", "manifest.json", "weights.safetensors"):
+        assert (small_disk / "other/teacher" / name).read_bytes() == (run / "runs/run/teacher" / name).read_bytes()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = guard([*command(tmp_path, "recover.iterations=0"), "--debug"])
     assert "Traceback" in done.stderr
