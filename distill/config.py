@@ -263,7 +263,9 @@ class RelabelConfig:
         "stored", "write soft labels, or ask the teacher while the student trains", choices=("stored", "online")
     )
     epochs: int = option(300, "epochs of views, and of student training", low=1)
-    batch_size: int = option(100, "images per teacher forward pass", low=1)
+    batch_size: int = option(
+        100, "images per teacher forward pass; with mode=online that is evaluate.batch_size", low=1
+    )
     crop: str = option("resized", "crop of a view", choices=("resized", "padded", "none"))
     crop_scale: list[float] = option(
         [0.08, 1.0], "area of crop=resized relative to the image", length=2, above=0, high=1

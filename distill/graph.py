@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from distill.config import Config, EvaluateConfig, result_options
+from distill.config import Config, EvaluateConfig, RelabelConfig, result_options
 from distill.data.catalogue import PreparedSet
 from distill.errors import ArtifactError
 from distill.run_folder import RESULTS, Artifact, Recipe
@@ -14,6 +14,8 @@ from distill.run_folder import RESULTS, Artifact, Recipe
 TESTING = ("split", "max_images", "teacher")
 """Options of ``evaluate`` that change how networks are tested and not how students are trained."""
 TRAINING = tuple(f"evaluate.{field.name}" for field in fields(EvaluateConfig) if field.name not in TESTING)
+VIEWS = tuple(f"relabel.{field.name}" for field in fields(RelabelConfig) if field.name != "batch_size")
+"""Options of ``relabel`` that reach a student without stored labels: a teacher is asked in the student's batches."""
 DATASET = "dataset"
 READING = ("images_mean", "images_std", "images_set")
 """Options that say how ``recover.images`` are read; without it they mean nothing, and no recipe holds them."""
@@ -63,7 +65,7 @@ def _recover_inputs(config: Config) -> tuple[str, ...]:
 
 
 def _student_options(config: Config) -> tuple[str, ...]:
-    return ("seed", "student", *TRAINING, *(() if stores_labels(config) else ("relabel",)))
+    return ("seed", "student", *TRAINING, *(() if stores_labels(config) else VIEWS))
 
 
 def _student_inputs(config: Config) -> tuple[str, ...]:

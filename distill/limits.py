@@ -201,7 +201,8 @@ def _check_labels(c: Config) -> None:
         for name, given in (("precision", relabel.precision != "float32"), ("compile", relabel.compile)):
             if given:
                 raise ConfigError(f"relabel.{name} is about the teacher, which evaluate.labels=hard never asks.")
-    for name, value, off in (("codec", relabel.codec, "float16"), ("stored_epochs", relabel.stored_epochs, 0)):
+    for name, off in (("batch_size", 100), ("codec", "float16"), ("stored_epochs", 0)):
+        value = getattr(relabel, name)
         if value != off and (relabel.mode == "online" or c.evaluate.labels == "hard"):
             reason = "relabel.mode=online" if relabel.mode == "online" else "evaluate.labels=hard"
             raise ConfigError(f"relabel.{name}={value} is about stored labels; {reason} stores none.")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from distill.compose import compose, config_folder, group_choices, options
 from distill.config import Config, result_options
 from distill.errors import ConfigError
+from distill.graph import STAGES
 
 EXPERIMENTS = sorted(group_choices()["experiment"])
 CHOICES = [f"{group}={choice}" for group, files in group_choices().items() for choice in files if group != "experiment"]
@@ -207,6 +208,15 @@ def test_result_options_of_a_section() -> None:
     assert "dataset.mean" in chosen
     assert "dataset.std" not in chosen
     assert {key.split(".")[0] for key in chosen} == {"recover", "dataset"}
+
+
+def test_a_student_without_stored_labels_has_no_batches_of_a_relabelling() -> None:
+    stage = next(stage for stage in STAGES if stage.makes == "student")
+    for override, views in (("relabel.mode=online", True), ("evaluate.labels=hard", True), ("relabel.epochs=9", False)):
+        config = compose([override])
+        kept = set(result_options(config, *stage.options(config)))
+        assert ({"relabel.mix", "relabel.epochs"} <= kept) == views
+        assert "relabel.batch_size" not in kept
 
 
 @pytest.mark.parametrize("folder", ["mine", "with a space"])

@@ -382,6 +382,8 @@ def test_a_single_image_that_is_left_over_joins_the_batch_before(count: int, bat
         (["relabel.codec=quantised", "relabel.bits=3"], "relabel.bits=3"),
         (["relabel.stored_epochs=301", "relabel.epochs=300"], "relabel.stored_epochs=301"),
         (["relabel.mode=online", "relabel.stored_epochs=3"], "relabel.mode=online"),
+        (["relabel.mode=online", "relabel.batch_size=50"], "relabel.batch_size=50 is about stored labels"),
+        (["evaluate.labels=hard", "relabel.batch_size=50"], "evaluate.labels=hard stores none"),
         (["relabel.reuse_shift=2"], "set relabel.stored_epochs"),
         (["relabel.reuse_flip=true"], "set relabel.stored_epochs"),
         (["evaluate.labels=hard", "relabel.codec=topk"], "evaluate.labels=hard"),
