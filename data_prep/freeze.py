@@ -58,11 +58,16 @@ def freeze(folder: Path, root: Path, dataset: DatasetConfig, identity: dict[str,
         "classes": classes,
         "splits": splits,
         "corrupt": {"count": len(corrupt), "files": corrupt},
-        "images": root.relative_to(folder).as_posix() if folder in root.parents else str(root),
+        "images": place_of(root, folder),
         "source": {"identity": identity, "path": source},
         "fingerprint": fingerprint(layout.classes, indices),
     }
     write_json(folder / "manifest.json", manifest)
+
+
+def place_of(root: Path, folder: Path) -> str:
+    """What a manifest calls the folder of the images: relative to its own folder where they lie inside it."""
+    return root.relative_to(folder).as_posix() if folder in root.parents else str(root)
 
 
 def _check_images(root: Path, layout: Layout, dataset: DatasetConfig) -> tuple[dict[str, Index], list[str]]:

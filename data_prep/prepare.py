@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_prep.freeze import check_count, freeze
+from data_prep.freeze import check_count, freeze, place_of
 from data_prep.layout import find_root
 from distill.config import Config, DatasetConfig
 from distill.data.catalogue import PreparedSet, read_manifest
@@ -84,9 +84,14 @@ def _reuse(folder: Path, dataset: DatasetConfig, provider: Any) -> PreparedSet:
             f"pass dataset.on_corrupt=skip, or repair them, remove {folder} and prepare again."
         )
     if moved and not (folder / manifest["images"]).is_dir():
-        manifest["images"] = str(provider.fetch(dataset, folder))
+        manifest["images"] = place_of(provider.fetch(dataset, folder), folder)
         manifest["source"]["path"] = _absolute(dataset.source)
         write_json(folder / "manifest.json", manifest)
+    if dataset.copy and made_from["kind"] == "folder" and Path(manifest["images"]).is_absolute():
+        raise DataError(
+            f"{folder} refers to the images in {manifest['images']}, and dataset.copy=true asks for a copy; "
+            f"leave it out, or remove {folder} and prepare again."
+        )
     return PreparedSet.open(folder)
 
 

@@ -51,6 +51,28 @@ def test_a_copy_needs_its_source_no_more(own, tree):
     assert verify(prepared.folder) == 27
 
 
+def test_a_set_that_refers_to_its_images_is_not_copied_later(own, tree, tmp_path):
+    folder = prepare(own(tree)).folder
+    for source in (tree, ""):
+        with pytest.raises(DataError, match=r"refers to the images in .*tree, and dataset\.copy=true asks for a copy"):
+            prepare(own(source, "dataset.copy=true"))
+    prepare(own(tree))
+    shutil.rmtree(folder)
+    assert prepare(own(tree, "dataset.copy=true")).root == folder / "images"
+    assert prepare(own(tree, "dataset.copy=true")).root == folder / "images"
+
+
+def test_a_copy_of_a_source_that_moved_stays_one(own, tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(own(tree, "data_root=data"))
+    moved = tree.rename(tmp_path / "moved")
+    for _ in range(2):
+        prepared = prepare(own(moved, "data_root=data", "dataset.copy=true"))
+        assert prepared.manifest["images"] == "images"
+    shutil.rmtree(moved)
+    assert verify(prepared.folder) == 27
+
+
 @pytest.mark.parametrize("form", ["zip", "zip with a top folder", "tar", "tar.gz"])
 def test_archives_hold_the_same_data_set(own, tree, pack, tmp_path, form):
     expected = prepare(own(tree)).fingerprint
