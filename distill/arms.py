@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from distill.compose import compose, names_of, options
 from distill.config import Config
 from distill.errors import ConfigError
+from distill.limits import check_given
 
 MAIN_ARM = "main"
 """What an experiment without arms becomes when it has controls."""
 
 
 def configurations(overrides: Sequence[str], folder: str | None) -> list[Config]:
-    """The configurations that a command line asks for: one for each arm of an experiment, or just the one."""
+    """The configurations that a command line asks for: one for each arm of an experiment, or just the one.
+
+    Raises:
+        ConfigError: an override is wrong, or counts in none of the runs.
+    """
     given = {text.split("=", 1)[0].lstrip("+~") for text in overrides}
     # Other options may fit one arm only, so that they wait until the arms are known.
     first = {"experiment", "name", "arm", "controls", "teacher", "student"}
@@ -39,7 +44,9 @@ def configurations(overrides: Sequence[str], folder: str | None) -> list[Config]
         mine.name = f"{config.name}/{arm}"
         mine.published = {arm: config.published[arm]} if arm in config.published else {}
         configs.append(mine)
-    return configs or [config]
+    configs = configs or [config]
+    check_given(configs, given)
+    return configs
 
 
 def _departs(given: set[str]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,35 @@ from typing import Any
 from distill.config import Config, EngineConfig
 from distill.config_cluster import ClusterConfig
 from distill.errors import ConfigError
+
+READ_WITH = {
+    "squeeze.momentum": ("squeeze.optimizer", "sgd"),
+    "squeeze.step_epochs": ("squeeze.schedule", "step"),
+    "squeeze.step_factor": ("squeeze.schedule", "step"),
+    "squeeze.crop_scale": ("squeeze.crop", "resized"),
+    "squeeze.padding": ("squeeze.crop", "padded"),
+    "recover.crop_scale": ("recover.crop", "true"),
+    "recover.milestone": ("recover.curriculum", "linear", "cosine", "step"),
+    "relabel.crop_scale": ("relabel.crop", "resized"),
+    "relabel.padding": ("relabel.crop", "padded"),
+    "relabel.mix_alpha": ("relabel.mix", "cutmix", "mixup"),
+    "evaluate.temperature": ("evaluate.labels", "soft"),
+    "evaluate.momentum": ("evaluate.optimizer", "sgd"),
+    "evaluate.step_epochs": ("evaluate.schedule", "step"),
+    "evaluate.step_factor": ("evaluate.schedule", "step"),
+}
+"""Options that count with some values of another one: its key, and these values. Presets may set them all the same, so
+that the other one can be changed alone."""
+
+
+def check_given(configs: Sequence[Config], given: Collection[str]) -> None:
+    """Raises ConfigError when an option of the command line, of these keys, counts in none of its runs."""
+    for key, (switch, *values) in READ_WITH.items():
+        value, now = operator.attrgetter(key), [str(operator.attrgetter(switch)(config)).lower() for config in configs]
+        if key in given and value(configs[0]) != value(Config()) and not set(now) & set(values):
+            raise ConfigError(
+                f"{key}={value(configs[0])} belongs to {switch}={' or '.join(values)}, and {switch} is {now[0]}."
+            )
 
 
 def check(config: Any, prefix: str = "") -> None:

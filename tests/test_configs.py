@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from distill.arms import configurations
 from distill.compose import compose, config_folder, group_choices, options
 from distill.config import Config, result_options
 from distill.errors import ConfigError
@@ -208,6 +209,52 @@ def test_result_options_of_a_section() -> None:
     assert "dataset.mean" in chosen
     assert "dataset.std" not in chosen
     assert {key.split(".")[0] for key in chosen} == {"recover", "dataset"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["recover.milestone=0.5"],
+            "belongs to recover.curriculum=linear or cosine or step, and recover.curriculum is",
+        ),
+        (["squeeze.step_epochs=[10]"], "squeeze.step_epochs=[10.0] belongs to squeeze.schedule=step"),
+        (["evaluate.step_factor=0.5"], "evaluate.schedule is cosine"),
+        (["squeeze.optimizer=adamw", "squeeze.momentum=0.5"], "belongs to squeeze.optimizer=sgd"),
+        (
+            ["evaluate.labels=hard", "evaluate.temperature=4"],
+            "evaluate.temperature=4.0 belongs to evaluate.labels=soft",
+        ),
+        (
+            ["recover.crop=false", "recover.crop_scale=[0.5,1]"],
+            "belongs to recover.crop=true, and recover.crop is false",
+        ),
+        (["squeeze.crop=padded", "squeeze.crop_scale=[0.5,1]"], "belongs to squeeze.crop=resized"),
+        (["relabel.padding=2"], "belongs to relabel.crop=padded"),
+        (["relabel.mix=none", "relabel.mix_alpha=0.5"], "belongs to relabel.mix=cutmix or mixup"),
+        (["experiment=cifar10_ipc10", "arm=sre2l", "recover.milestone=0.5"], "recover.curriculum is none"),
+        (["experiment=demo", "controls=full", "arm=control_full", "evaluate.temperature=4"], "labels is hard"),
+    ],
+)
+def test_an_option_that_counts_in_no_run_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configurations(overrides, None)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=cifar10_ipc10", "relabel.mix=none", "relabel.crop=none"],
+        ["experiment=cifar10_ipc10", "recover.milestone=0.5"],
+        ["experiment=demo", "controls=all", "evaluate.temperature=4"],
+        ["experiment=sre2l_tiny_imagenet_ipc50", "evaluate.optimizer=adamw"],
+        ["recover.milestone=1", "relabel.padding=4"],
+        ["method=cda", "recover.milestone=0.5"],
+    ],
+)
+def test_what_a_preset_sets_or_one_arm_reads_is_not_refused(overrides: list[str]) -> None:
+    assert configurations(overrides, None)
 
 
 def test_a_student_without_stored_labels_has_no_batches_of_a_relabelling() -> None:
