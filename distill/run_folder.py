@@ -200,6 +200,26 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def made_from(folder: Path) -> Any:
+    """The stored recipe of an artifact that is complete or begun; None where it is neither.
+
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+    name = next((name for name in ("manifest.json", "recipe.json") if name in listed(folder)), None)
+    return read_json(folder / name).get("recipe") if name else None
+
+
+def of_other_outcomes(run: Path, fingerprint: str | None) -> bool:
+    """Whether results of this fingerprint tell of other outcomes than those that the run has or has begun.
+
+    Raises:
+        ArtifactError: manifest or recipe of the outcomes are damaged.
+    """
+    recipe = made_from(run / "outcomes")
+    return recipe is not None and fingerprint != digest(recipe)
+
+
 def copy_artifact(source: Path, target: Path) -> None:
     """Copy a complete artifact; the copy appears whole or not at all.
 

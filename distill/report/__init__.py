@@ -68,10 +68,11 @@ def write(folder: Path, runs: Sequence[Path]) -> None:
         folder: of the experiment; the run's own where there is but one.
         runs: run folders.
     """
+    from distill.report.runs import find_runs
     from distill.run_folder import RESULTS
 
     _write_pictures(folder, runs)
-    if all((run / RESULTS).is_file() for run in runs):
+    if all((run / RESULTS).is_file() for run in runs) and not find_runs(runs)[1]:
         _write_tables(folder, runs)
         write_page(folder / "report.html", runs)
         show_report(folder, runs)

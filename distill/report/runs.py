@@ -9,10 +9,12 @@ from typing import Any
 
 from distill.errors import ArtifactError
 from distill.files import read_json
-from distill.run_folder import RESULTS, STAGES
+from distill.run_folder import RESULTS, STAGES, of_other_outcomes
 
 NEEDED_FOLDERS = STAGES[:-1]
 """Each is complete when its manifest is there; ``results.json`` stands for the outcomes."""
+OLD = f"{RESULTS} of its present outcomes/, only one of earlier ones"
+"""What a run lacks that is evaluated anew."""
 NEEDED = ("name", "regularizer", "dataset", "ipc", "split", "students")
 
 
@@ -31,7 +33,7 @@ class Run:
 
 @dataclass(frozen=True)
 class IncompleteRun:
-    """A run without ``results.json``."""
+    """A run without ``results.json``, or with one of earlier outcomes than those that are made now."""
 
     path: Path
     missing: list[str]
@@ -51,10 +53,14 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[IncompleteRu
     """
     finished, incomplete = [], []
     for folder in run_folders(paths):
-        if (folder / RESULTS).is_file():
-            finished.append(Run(folder, _read(folder / RESULTS)))
-        else:
+        if not (folder / RESULTS).is_file():
             incomplete.append(IncompleteRun(folder, _missing(folder)))
+            continue
+        results = _read(folder / RESULTS)
+        if of_other_outcomes(folder, results.get("fingerprint")):
+            incomplete.append(IncompleteRun(folder, [OLD]))
+        else:
+            finished.append(Run(folder, results))
     return finished, incomplete
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.errors import ArtifactError
 from distill.files import digest, file_digest, listed, read_json, tensor_entries
-from distill.run_folder import RESULTS, SPECTRUM, STAGES, parts_of
+from distill.run_folder import RESULTS, SPECTRUM, STAGES, of_other_outcomes, parts_of
 from distill.sharing.search import MANIFEST
 
 AGAIN = "run the same command again"
@@ -87,12 +87,12 @@ def _incomplete(folder: Path) -> Iterator[str]:
 
 
 def _results(run: Path) -> Iterator[str]:
-    """The results belong to the outcomes beside them."""
-    path, manifest = run / RESULTS, run / "outcomes" / MANIFEST
-    if not path.is_file() or not manifest.is_file():
+    """The results belong to the outcomes beside them, complete or not."""
+    path = run / RESULTS
+    if not path.is_file():
         return
     try:
-        if read_json(path)["fingerprint"] != digest(read_json(manifest)["recipe"]):
+        if of_other_outcomes(run, read_json(path)["fingerprint"]):
             yield f"{path} was not made from {run / 'outcomes'}; remove it and {AGAIN}."
     except ArtifactError as error:
         yield str(error)

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from distill import report
 from distill.errors import ArtifactError
-from distill.files import write_json
+from distill.files import digest, read_json, write_json
 from distill.report.comparison import compare_runs
 from distill.report.runs import run_folders
 from distill.report.sections import leader
+from distill.run_folder import Artifact, Recipe
+from distill.sharing.verify import verify
 from tests.report.conftest import RunMaker, network
 
 PLAIN = {"name": "none", "weight": None, "options": {}}
@@ -168,6 +171,27 @@ def test_incomplete_runs_are_named(experiment: Path) -> None:
         (third / "config.yaml").write_text(unstored)
         assert compare_runs([third]).incomplete[0].missing == ["complete student/", "results.json"]
     assert compare_runs([third]).terminal().startswith("No finished run.")
+
+
+def test_results_of_earlier_outcomes_are_not_shown(experiment: Path) -> None:
+    """Evaluate was begun anew, by other options: its results are not told before they are made."""
+    run = experiment / "guard"
+    recipe = Recipe({"attacks.suite": "strict"})
+    results = read_json(run / "results.json")
+    write_json(run / "results.json", {**results, "fingerprint": digest(recipe.as_json())})
+    Artifact(run / "outcomes", "outcomes", recipe).begin()
+    assert compare_runs([experiment]).incomplete == [], "begun again from the same recipe they are the same"
+    (run / "outcomes" / "recipe.json").unlink()
+    Artifact(run / "outcomes", "outcomes", Recipe({"attacks.suite": "targeted"})).begin()
+    table = compare_runs([experiment])
+    assert {row.run for row in table.rows} == {"sre2l"}
+    (left,) = map(str, table.incomplete)
+    assert left == f"{run} is not finished: it has no results.json of its present outcomes/, only one of earlier ones."
+    report.write(experiment, [experiment / "sre2l", run])
+    assert not (experiment / "report.md").exists()
+    assert verify(run)[1] == [
+        f"{run / 'results.json'} was not made from {run / 'outcomes'}; remove it and run the same command again."
+    ]
 
 
 def test_fewer_images_attacked_than_tested(make_run: RunMaker) -> None:
