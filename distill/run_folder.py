@@ -210,6 +210,19 @@ def made_from(folder: Path) -> Any:
     return read_json(folder / name).get("recipe") if name else None
 
 
+def fingerprint_of(folder: Path) -> str | None:
+    """The fingerprint of a complete artifact; None where there is none that can be read."""
+    try:
+        return str(read_json(folder / "manifest.json")["fingerprint"])
+    except (OSError, KeyError, TypeError, ArtifactError):
+        return None
+
+
+def changed_inputs(run: Path, inputs: Mapping[str, str]) -> list[str]:
+    """Those of a recipe's inputs that are artifacts of this run and are other ones now, or not complete."""
+    return [name for name, value in inputs.items() if name in STAGES and value != fingerprint_of(run / name)]
+
+
 def of_other_outcomes(run: Path, fingerprint: str | None) -> bool:
     """Whether results of this fingerprint tell of other outcomes than those that the run has or has begun.
 

@@ -136,6 +136,21 @@ def read_all_spectra(groups: Sequence[Group]) -> Spectra:
     return [[found for run in group.runs if (found := read_spectra(run.path))] for group in groups]
 
 
+def outdated_spectra(groups: Sequence[Group]) -> list[str]:
+    """A sentence for every run with spectra that are not shown, because their networks were made anew."""
+    if not any((run.path / SPECTRUM).is_dir() for group in groups for run in group.runs):
+        return []
+    from distill.report.spectra import outdated
+
+    return [
+        f"The spectra of {' and '.join(old)} in {run.path / SPECTRUM} are of earlier networks and not shown; "
+        f"remove that folder and run guard spectrum again."
+        for group in groups
+        for run in group.runs
+        if (old := outdated(run.path))
+    ]
+
+
 def spectrum_plots(groups: Sequence[Group], spectra: Spectra) -> list[Plot]:
     """The sorted eigenvalue profile of every run, and for each the terms of the bound beside the measured loss."""
     lines = []

@@ -12,7 +12,7 @@ from typing import Any
 from distill import __version__
 from distill.files import digest, file_digest, write_atomic
 from distill.report import sections
-from distill.report.charts import accuracy_plots, read_all_spectra, spectrum_plots, training_plots
+from distill.report.charts import accuracy_plots, outdated_spectra, read_all_spectra, spectrum_plots, training_plots
 from distill.report.comparison import compare_groups
 from distill.report.groups import Group, each_alone, group_runs
 from distill.report.history import metrics_files
@@ -102,6 +102,7 @@ def render(
         "distilled": distilled_sheet(groups, budget),
         "film": film_sheet(groups, budget),
         "curvature": sections.curvature(groups, spectra),
+        "outdated_spectra": outdated_spectra(groups),
         "spectra": _drawn(spectrum_plots(groups, spectra)),
         "sanity": sections.sanity(groups),
         "training": _drawn(training_plots(groups)),
@@ -151,6 +152,7 @@ def _contents(parts: dict[str, Any]) -> list[tuple[str, str]]:
     names |= {"images": "Images", "curvature": "Curvature", "sanity": "Sanity", "training": "Training"}
     names |= {"attacks": "Attacks", "costs": "Costs", "origin": "Configuration and provenance"}
     there = {**parts, "results": True, "images": parts["distilled"] or parts["film"], "origin": True}
+    there["curvature"] = parts["curvature"] or parts["outdated_spectra"]
     return [(key, name) for key, name in names.items() if there[key]]
 
 

@@ -18,7 +18,7 @@ from distill.errors import ArtifactError, MissingPackageError
 from distill.files import listed, read_json, write_atomic
 from distill.robustness.bound import CURVED, Array, Spectrum
 from distill.robustness.metrics import mean, sample_deviation
-from distill.run_folder import SPECTRUM, SPECTRUM_SUMMARY, read_manifest
+from distill.run_folder import SPECTRUM, SPECTRUM_SUMMARY, changed_inputs, read_manifest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +28,7 @@ __all__ = [
     "Spectrum",
     "arms",
     "draw_profiles",
+    "outdated",
     "profile_figure",
     "profile_statement",
     "read_spectra",
@@ -42,14 +43,24 @@ LOWEST = 1e-4
 def read_spectra(run: Path) -> dict[str, Spectrum]:
     """The spectra of a run's ``teacher`` and of its students ``seed0``, …; empty when they were not made to their end.
 
+    Those of networks that have been made anew since, or are being made, are left out.
+
     Raises:
         ArtifactError: a file is missing or damaged.
     """
     folder = run / SPECTRUM
     if "manifest.json" not in listed(folder):
         return {}
-    networks = read_manifest(folder, SPECTRUM)["networks"]
-    return {name: Spectrum.read(folder / f"{name}.safetensors") for name in networks}
+    networks, old = read_manifest(folder, SPECTRUM)["networks"], outdated(run)
+    current = [name for name in networks if ("teacher" if name == "teacher" else "student") not in old]
+    return {name: Spectrum.read(folder / f"{name}.safetensors") for name in current}
+
+
+def outdated(run: Path) -> list[str]:
+    """Of ``teacher`` and ``student`` those that are others now than the ones a run's spectra were measured on."""
+    if "manifest.json" not in listed(run / SPECTRUM):
+        return []
+    return changed_inputs(run, read_manifest(run / SPECTRUM, SPECTRUM)["recipe"]["inputs"])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.errors import ArtifactError
 from distill.files import digest, file_digest, listed, read_json, tensor_entries
-from distill.run_folder import RESULTS, SPECTRUM, STAGES, of_other_outcomes, parts_of
+from distill.run_folder import RESULTS, SPECTRUM, STAGES, changed_inputs, of_other_outcomes, parts_of
 from distill.sharing.search import MANIFEST
 
 AGAIN = "run the same command again"
@@ -60,20 +60,12 @@ def _complete(run: Path, name: str) -> Iterator[str]:
             yield f"{folder / file} is not what {path} says; remove both and {AGAIN}."
     for stranger in sorted({str(each.relative_to(folder)) for each in parts_of(folder)} - set(files)):
         yield f"{folder / stranger} is no part of {folder}, which {MANIFEST} would name; remove it."
-    for source, fingerprint in inputs.items():
-        if source in STAGES and fingerprint != _fingerprint(run / source):
-            state = "is another one now" if MANIFEST in listed(run / source) else "is not complete"
-            yield (
-                f"{folder} was made from the {source} of fingerprint {fingerprint[:12]}, and {run / source} {state}; "
-                + (f"remove {folder} and {AGAIN}.")
-            )
-
-
-def _fingerprint(folder: Path) -> str | None:
-    try:
-        return str(read_json(folder / MANIFEST)["fingerprint"])
-    except (OSError, KeyError, TypeError, ArtifactError):
-        return None
+    for source in changed_inputs(run, inputs):
+        state = "is another one now" if MANIFEST in listed(run / source) else "is not complete"
+        yield (
+            f"{folder} was made from the {source} of fingerprint {inputs[source][:12]}, and {run / source} {state}; "
+            f"remove {folder} and {AGAIN}."
+        )
 
 
 def _incomplete(folder: Path) -> Iterator[str]:

@@ -20,11 +20,13 @@ from sklearn.datasets import load_digits
 from distill.errors import ArtifactError
 from distill.files import write_json
 from distill.report import write_page
-from distill.report.charts import accuracy_plots
-from distill.report.groups import group_runs
+from distill.report.charts import Spectra, accuracy_plots, read_all_spectra, spectrum_plots
+from distill.report.groups import Group, group_runs
 from distill.report.page import made_of, render
 from distill.report.runs import find_runs
 from distill.report.thumbnails import distilled_sheet, film_sheet
+from distill.robustness.bound import Spectrum
+from distill.run_folder import Artifact, Recipe
 from tests.report.conftest import RunMaker, network
 
 CURVATURE = {"name": "curvature", "weight": 1.0, "h": 1.5}
@@ -272,6 +274,44 @@ def test_unfinished_runs(make_run: RunMaker, tmp_path: Path) -> None:
     path = tmp_path / "none.html"
     assert not write_page(path, [run.parent / "two"])
     assert not path.exists()
+
+
+def spectra(run: Path, level: float, networks: tuple[str, ...] = ("teacher", "seed0"), **inputs: str) -> None:
+    """Complete spectra of four images: λ₁ from ``level`` to four times as much, measured loss 1 + ``level``."""
+    artifact = Artifact(run / "spectrum", "spectrum", Recipe({}, inputs))
+    artifact.begin()
+    for place, name in enumerate(networks):
+        first, one = (level + place) * np.arange(1.0, 5.0), np.ones(4)
+        measured = Spectrum(first[:, None], one, one, one, np.arange(4), np.array([0.5]), one[:, None] + level + place)
+        measured.write(run / "spectrum" / f"{name}.safetensors")
+    artifact.finish(networks=list(networks))
+
+
+def test_spectra_of_networks_that_were_made_anew_are_not_shown(make_run: RunMaker, tmp_path: Path) -> None:
+    run = make_run("one", CURVATURE, [student(0, 0.9, 0.8, 0.5)])
+    for name in ("teacher", "student"):
+        write_json(run / name / "manifest.json", {"fingerprint": f"first {name}"})
+    spectra(run, 2.0, teacher="first teacher", student="first student", dataset="elsewhere")
+    page, path = page_of(run), tmp_path / "report.html"
+    assert "one, seed0 4 " in words(page)
+    assert "earlier networks" not in page
+    assert write_page(path, [run])
+    write_json(run / "student" / "manifest.json", {"fingerprint": "second student"})
+    assert write_page(path, [run])
+    text = words(path.read_text())
+    assert "one, teacher 4 " in text
+    assert "one, seed0 4 " not in text
+    assert f"The spectra of student in {run / 'spectrum'} are of earlier networks and not shown; remove " in text
+    (run / "teacher" / "manifest.json").unlink()
+    text = words(page_of(run))
+    assert "The spectra of student and teacher in" in text
+    assert "one, teacher 4 " not in text
+    assert not any(plot.key == "eigenvalues" for plot in spectrum_plots(*grouped(run)))
+
+
+def grouped(*runs: Path) -> tuple[list[Group], Spectra]:
+    groups = group_runs(find_runs(runs)[0])
+    return groups, read_all_spectra(groups)
 
 
 def test_a_damaged_file_is_one_sentence(make_run: RunMaker) -> None:
