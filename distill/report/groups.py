@@ -25,7 +25,7 @@ class Group:
     """One run, or repetitions of one with other seeds.
 
     Attributes:
-        name: the last part of the runs' name, or the whole name where that one is taken.
+        name: of its first run, as ``distinct_names`` tells it from the others.
         runs: at least one, in the order given.
     """
 
@@ -37,6 +37,10 @@ class Group:
         """``guard``, or ``guard (3 runs)``."""
         return f"{self.name} ({len(self.runs)} runs)" if len(self.runs) > 1 else self.name
 
+    def name_of(self, run: Run) -> str:
+        """What one of its runs is called among all of them."""
+        return distinct_names(self.runs)[self.runs.index(run)] if len(self.runs) > 1 else self.name
+
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Put repetitions together: same last part of the name, same configuration but for seeds, places and speed.
@@ -44,7 +48,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     Runs of equal pipeline seeds are no repetitions and stay by themselves.
 
     Returns:
-        Groups in the order of their first run; names are unique unless two runs have the same whole name.
+        Groups in the order of their first run; names are unique unless a run is given twice.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
@@ -54,18 +58,29 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         seeds = {run.results.get("seed") for run in members}
         parts += [members] if len(seeds) == len(members) else [[run] for run in members]
     parts.sort(key=lambda members: runs.index(members[0]))
-    labels = [members[0].label for members in parts]
     return [
-        Group(label if labels.count(label) == 1 else str(members[0].results["name"]), members)
-        for label, members in zip(labels, parts, strict=True)
+        Group(name, members)
+        for name, members in zip(distinct_names([members[0] for members in parts]), parts, strict=True)
     ]
 
 
 def each_alone(runs: Sequence[Run]) -> list[Group]:
     """Every run as a group of its own, under a name that tells it from the others."""
-    labels = [run.label for run in runs]
-    unique = len(set(labels)) == len(labels)
-    return [Group(run.label if unique else str(run.results["name"]), [run]) for run in runs]
+    return [Group(name, [run]) for name, run in zip(distinct_names(runs), runs, strict=True)]
+
+
+def distinct_names(runs: Sequence[Run]) -> list[str]:
+    """The last part of each run's name; where others share it the whole name, and then as much of its path as it takes.
+
+    Returns:
+        One name for each run, unique unless a run is given twice.
+    """
+    names = [run.label for run in runs]
+    paths = [run.path.absolute().parts for run in runs]
+    ends = [[str(Path(*parts[-count:])) for parts in paths] for count in range(1, max(map(len, paths), default=0) + 1)]
+    for longer in ([str(run.results["name"]) for run in runs], *ends):
+        names = [name if names.count(name) == 1 else more for name, more in zip(names, longer, strict=True)]
+    return names
 
 
 def read_options(folder: Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def costs(groups: Sequence[Group]) -> Table | None:
     for number, group in enumerate(groups):
         for run in group.runs:
             spent, kept = stage_costs(read_provenance(run.path)), kept_bytes(run.path)
-            rows.append((number, _of_run(group, run.results), {cost.stage: cost for cost in spent}, kept))
+            rows.append((number, group.name_of(run), {cost.stage: cost for cost in spent}, kept))
             stages |= {cost.stage: None for cost in spent}
             sizes |= dict.fromkeys(kept)
     if not stages and not sizes:
@@ -218,7 +218,7 @@ def costs(groups: Sequence[Group]) -> Table | None:
 
 def differences(groups: Sequence[Group]) -> Table | None:
     """Options that are not the same in every run, one column for each run; None when there are none."""
-    runs = [(_of_run(group, run.results), read_options(run.path)) for group in groups for run in group.runs]
+    runs = [(group.name_of(run), read_options(run.path)) for group in groups for run in group.runs]
     runs = [(name, options) for name, options in runs if options]
     keys = dict.fromkeys(key for _, options in runs for key in options if key.split(".")[0] not in PLACES)
     lines = []
@@ -240,7 +240,7 @@ def run_files(groups: Sequence[Group]) -> list[tuple[int, str, list[tuple[str, s
                 path = run.path / name
                 if path.is_file():
                     texts.append((f"{title} ({name})", path.read_text(encoding="utf-8", errors="replace")))
-            found.append((number, _of_run(group, run.results), texts))
+            found.append((number, group.name_of(run), texts))
     return found
 
 
@@ -252,12 +252,7 @@ def _networks(groups: Sequence[Group]) -> Iterator[tuple[int, Group, str, Mappin
             named += [(f"student, seed {student.get('seed')}", student) for student in run.results["students"]]
             for name, network in named:
                 if network:
-                    yield number, group, f"{_of_run(group, run.results)}, {name}", network
-
-
-def _of_run(group: Group, results: Mapping[str, Any]) -> str:
-    """The run's name among those of its group."""
-    return str(results["name"]) if len(group.runs) > 1 else group.name
+                    yield number, group, f"{group.name_of(run)}, {name}", network
 
 
 def _percent(value: float | None) -> Field:

@@ -29,9 +29,11 @@ def network(
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> RunMaker:
-    """Write ``runs/<name>/results.json`` with the figures of FIELD_NOTES unless told otherwise."""
+    """Write ``<root>/<name>/results.json`` with the figures of FIELD_NOTES unless told otherwise."""
 
-    def make(name: str, regularizer: dict[str, Any], students: list[dict[str, Any]], **more: Any) -> Path:
+    def make(
+        name: str, regularizer: dict[str, Any], students: list[dict[str, Any]], root: str = "runs", **more: Any
+    ) -> Path:
         results = {
             "name": name,
             "method": "sre2l",
@@ -47,7 +49,7 @@ def make_run(tmp_path: Path) -> RunMaker:
             "summary": summarise(students),
             **more,
         }
-        folder = tmp_path / "runs" / name
+        folder = tmp_path / root / name
         write_json(folder / "results.json", results)
         return folder
 

@@ -107,6 +107,30 @@ def test_only_repetitions_are_grouped(make_run: RunMaker) -> None:
     assert re.search(r"squeeze\.epochs 20 40 20", text) or re.search(r"squeeze\.epochs 20 20 40", text)
 
 
+def test_runs_of_one_whole_name_are_known_by_their_folders(make_run: RunMaker) -> None:
+    """Two run roots with the same experiment: every row, box and line belongs to one of them."""
+    roots = [
+        make_run("demo/guard", {**CURVATURE, "h": h}, [student(0, 0.9, 0.8, 0.5)], root)
+        for root, h in (("first", 1.5), ("second", 3.0))
+    ]
+    other = make_run("demo/sre2l", {"name": "none"}, [student(0, 0.9, 0.7, 0.1)], "first")
+    assert [group.name for group in group_runs(find_runs([*roots, other])[0])] == [
+        *("first/demo/guard", "second/demo/guard", "sre2l")
+    ]
+    page = page_of(*roots, other)
+    rows = re.findall(r'<tr data-run="(\d)"><th scope="row">([\w/]+)</th><td class="text">curvature', page)
+    assert rows == [("0", "first/demo/guard"), ("1", "second/demo/guard")] * 2, "students, then teachers"
+
+
+def test_repetitions_of_one_whole_name_are_known_by_their_folders(make_run: RunMaker) -> None:
+    runs = [make_run("demo/guard", CURVATURE, [student(0, 0.9, 0.8, 0.5)], f"root{seed}", seed=seed) for seed in (0, 1)]
+    text = words(page_of(*runs))
+    assert "guard (2 runs)" in text
+    for name in ("root0/demo/guard", "root1/demo/guard"):
+        assert f" {name} curvature" in text, "by itself"
+        assert f" {name}, student, seed 0 pgd20@8" in text, "its attacks"
+
+
 def test_old_results_without_new_keys(make_run: RunMaker) -> None:
     page = page_of(make_run("old", {"name": "none"}, [student(0, 0.9, 0.8, 0.5)], teacher=None, recover=None))
     text = words(page)
