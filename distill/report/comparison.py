@@ -124,7 +124,8 @@ def _regularizer(options: Mapping[str, Any]) -> str:
     """``curvature λ=1 h=1.5``: the name, λ, and whatever else is set and not as ever."""
     names = {"weight": "λ", **{key: key for key in options if key not in ("name", "weight")}}
     given = [(name, options.get(key)) for key, name in names.items() if options.get(key) != AS_EVER.get(key)]
-    texts = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in given if value]
+    given = [(name, value) for name, value in given if value is not None and value != {}]
+    texts = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in given]
     return " ".join([str(options["name"]), *texts])
 
 

@@ -231,3 +231,9 @@ def test_a_thinned_penalty_says_so(make_run: RunMaker) -> None:
     options = CURVATURE | {"every": 4, "fraction": 0.5, "gradients": "functorch"}
     text = compare_runs([make_run("thin", options, students([0.9], [0.8], [0.7]))]).terminal()
     assert "curvature λ=1 every=4 fraction=0.5 gradients=functorch h=1.5 " in text
+
+
+def test_options_that_are_off_or_nought_are_told_too(make_run: RunMaker) -> None:
+    off = CURVATURE | {"weight": 0.0, "h_scaling": False}
+    text = compare_runs([make_run("off", off, students([0.9], [0.8], [0.7]))]).terminal()
+    assert "curvature λ=0 h=1.5 h_scaling=False " in text
