@@ -30,6 +30,9 @@ SOURCES: tuple[str, ...] = (
 )
 SOURCES += ("teacher/manifest.json", "labels/manifest.json", "student/manifest.json", "spectrum/manifest.json")
 """Files of a run from which the page is made; distilled images and spectra are known by their manifests."""
+PROGRAMS: tuple[str, ...] = ("robustness/bound.py", "robustness/metrics.py", "run_folder.py")
+PROGRAMS += ("compose.py", "config.py", "config_cluster.py", "config_machine.py")
+"""Of ``distill``, beside those of the report: figures and what is out of date; which options repetitions share."""
 TEXT_LIMIT = 3_000_000
 """Characters of configurations and provenance; those of further runs are left out."""
 
@@ -57,10 +60,11 @@ def write_page(path: Path, folders: Sequence[str | Path]) -> bool:
 
 
 def inputs_digest(runs: Sequence[Run], incomplete: Sequence[IncompleteRun] = ()) -> str:
-    """Changes with every file that the page is made from, its own programs included."""
+    """Changes with every file that the page is made from, the programs included."""
     files = [[name, _digest(run.path / name)] for run in runs for name in SOURCES]
     files += [[path.name, _digest(path)] for run in runs for path in metrics_files(run.path)]
-    own = [[file.name, file_digest(file)] for file in sorted(HERE.iterdir()) if file.is_file()]
+    programs = [*sorted(file for file in HERE.iterdir() if file.is_file()), *(HERE.parent / name for name in PROGRAMS)]
+    own = [[file.name, file_digest(file)] for file in programs]
     return digest([files, own, __version__, list(map(str, incomplete))])
 
 

@@ -17,12 +17,13 @@ import yaml
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
+import distill
 from distill.errors import ArtifactError
-from distill.files import write_json
+from distill.files import file_digest, write_json
 from distill.report import write_page
 from distill.report.charts import Spectra, accuracy_plots, read_all_spectra, spectrum_plots
 from distill.report.groups import Group, group_runs
-from distill.report.page import made_of, render
+from distill.report.page import inputs_digest, made_of, render
 from distill.report.runs import find_runs
 from distill.report.thumbnails import distilled_sheet, film_sheet
 from distill.robustness.bound import Spectrum
@@ -246,6 +247,18 @@ def test_equal_files_make_equal_bytes_and_are_not_written_twice(make_run: RunMak
     assert "Squeeze: loss of the teacher" in path.read_text()
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
     assert made_of(path) != made_of(again)
+
+
+@pytest.mark.parametrize("program", ["report/charts.py", "robustness/metrics.py", "robustness/bound.py", "config.py"])
+def test_a_page_of_other_programs_is_made_again(
+    make_run: RunMaker, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    runs, _ = find_runs([make_run("one", CURVATURE, [student(0, 0.9, 0.8, 0.5)])])
+    before = inputs_digest(runs)
+    assert inputs_digest(runs) == before
+    changed = Path(distill.__file__).parent / program
+    monkeypatch.setattr("distill.report.page.file_digest", lambda path: path == changed or file_digest(path))
+    assert inputs_digest(runs) != before
 
 
 def test_many_runs_stay_small(make_run: RunMaker) -> None:
