@@ -124,16 +124,16 @@ def training_plots(groups: Sequence[Group]) -> list[Plot]:
 
 
 Spectra = Sequence[Sequence[Mapping[str, "Spectrum"]]]
-"""For each group and run: name of a network → what was measured on it."""
+"""For each group and each of its runs: name of a network → what was measured on it; empty where nothing was."""
 
 
 def read_all_spectra(groups: Sequence[Group]) -> Spectra:
-    """The spectra of every run that has some."""
+    """The spectra of every run."""
     if not any((run.path / SPECTRUM).is_dir() for group in groups for run in group.runs):
-        return [[] for _ in groups]
+        return [[{} for _ in group.runs] for group in groups]
     from distill.report.spectra import read_spectra
 
-    return [[found for run in group.runs if (found := read_spectra(run.path))] for group in groups]
+    return [[read_spectra(run.path) for run in group.runs] for group in groups]
 
 
 def outdated_spectra(groups: Sequence[Group]) -> list[str]:

@@ -165,7 +165,7 @@ def curvature(groups: Sequence[Group], spectra: Spectra) -> Table | None:
 
     lines = []
     for number, (group, found) in enumerate(zip(groups, spectra, strict=True)):
-        for place, of_run in enumerate(found):
+        for run, of_run in zip(group.runs, found, strict=True):
             for name, each in of_run.items():
                 largest = each.eigenvalues[:, 0]
                 values = [float(np.nanmean(largest)), float(np.nanmedian(largest)), each.mean_cosine]
@@ -176,8 +176,11 @@ def curvature(groups: Sequence[Group], spectra: Spectra) -> Table | None:
                     values.append(float(np.nanmean(each.adversarial_loss[:, -1])))
                 told = [Field("–") if value is None else Field(f"{value:.4g}", value) for value in values]
                 radius = Field(f"{each.radii[-1]:g}", float(each.radii[-1])) if len(each.radii) else Field("–")
-                head = ", ".join([group.title, *([f"run {place + 1}"] if len(found) > 1 else []), name])
-                lines.append(Line(head, [Field(f"{len(largest)}", len(largest)), *told, radius], number))
+                lines.append(
+                    Line(
+                        f"{group.name_of(run)}, {name}", [Field(f"{len(largest)}", len(largest)), *told, radius], number
+                    )
+                )
     headings = ["network", "images", "mean λ₁", "median λ₁", "mean |cos|"]
     headings += ["E[ℓ]", "ρE‖∇ℓ‖", "½ρ²E[λ₁]", "measured loss", "ρ"]
     return Table("Curvature of the loss in the image", headings, lines) if lines else None

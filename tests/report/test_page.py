@@ -25,6 +25,7 @@ from distill.report.charts import Spectra, accuracy_plots, read_all_spectra, spe
 from distill.report.groups import Group, group_runs
 from distill.report.page import inputs_digest, made_of, render
 from distill.report.runs import find_runs
+from distill.report.sections import curvature
 from distill.report.thumbnails import distilled_sheet, film_sheet
 from distill.robustness.bound import Spectrum
 from distill.run_folder import Artifact, Recipe
@@ -344,6 +345,25 @@ def test_spectra_of_networks_that_were_made_anew_are_not_shown(make_run: RunMake
     assert "The spectra of student and teacher in" in text
     assert "one, teacher 4 " not in text
     assert not any(plot.key == "eigenvalues" for plot in spectrum_plots(*grouped(run)))
+
+
+def test_the_curvature_table_names_every_run(make_run: RunMaker) -> None:
+    """Of three repetitions the first has no spectra; the rows of the others are called as elsewhere."""
+    runs = repeated(make_run)
+    for run, level in zip(runs[1:], (2.0, 4.0), strict=True):
+        spectra(run, level)
+    table = curvature(*grouped(*runs))
+    assert table
+    assert table.headings[:4] == ["network", "images", "mean λ₁", "median λ₁"]
+    names = [f"demo_{seed}/guard, {network}" for seed in (1, 2) for network in ("teacher", "seed0")]
+    assert [line.head for line in table.lines] == names
+    assert [line.group for line in table.lines] == [0] * 4
+    # λ₁ is level · (1, 2, 3, 4), of the student (level + 1) · (1, 2, 3, 4); ρ = ½, and all other figures are 1.
+    assert [line.fields[1].text for line in table.lines] == ["5", "7.5", "10", "12.5"]
+    assert [field.text for field in table.lines[0].fields] == ["4", "5", "5", "1", "1", "0.5", "0.625", "3", "0.5"]
+    alone = curvature(*grouped(runs[1]))
+    assert alone
+    assert [line.head for line in alone.lines] == ["guard, teacher", "guard, seed0"]
 
 
 def grouped(*runs: Path) -> tuple[list[Group], Spectra]:
