@@ -153,11 +153,12 @@ def outdated_spectra(groups: Sequence[Group]) -> list[str]:
 
 def spectrum_plots(groups: Sequence[Group], spectra: Spectra) -> list[Plot]:
     """The sorted eigenvalue profile of every run, and for each the terms of the bound beside the measured loss."""
-    lines = []
-    for number, (group, found) in enumerate(zip(groups[:DRAWN], spectra, strict=False)):
-        for kind in ("student", "teacher"):
-            if profiles := [_profile(each) for of_run in found for each in _of_spectra(of_run, kind)]:
-                lines.append(_profile_line(profiles, number, group.title, kind))
+    lines = [
+        _profile_line(runs, number, group.title, kind)
+        for number, (group, found) in enumerate(zip(groups[:DRAWN], spectra, strict=False))
+        for kind in ("student", "teacher")
+        if (runs := _of_spectra(found, kind))
+    ]
     if not lines:
         return []
     told = "; ".join(f"{line.name}, {line.kind}: from {line.y[0]:.3g} down to {line.y[-1]:.3g}" for line in lines)
@@ -189,13 +190,12 @@ def _bound_lines(
 ) -> list[Line]:
     lines = []
     for number, (group, found) in enumerate(zip(groups[:DRAWN], spectra, strict=False)):
-        networks = [each for of_run in found for each in _of_spectra(of_run, network) if len(each.radii)]
-        # Measured at other radii, a network cannot be averaged with the first.
-        networks = [each for each in networks if np.array_equal(each.radii, networks[0].radii)]
-        if networks:
-            curves = np.stack([of(each) for each in networks])
-            spread = curves.std(0, ddof=1).tolist() if len(curves) > 1 else ()
-            lines.append(Line(networks[0].radii.tolist(), curves.mean(0).tolist(), number, group.title, kind, spread))
+        runs = [of_run for of_run in _of_spectra(found, network) if len(of_run[0].radii)]
+        # Measured at other radii, a run cannot be averaged with the first.
+        runs = [of_run for of_run in runs if np.array_equal(of_run[0].radii, runs[0][0].radii)]
+        if runs:
+            middle, spread = _over_runs(runs, of)
+            lines.append(Line(runs[0][0].radii.tolist(), middle, number, group.title, kind, spread))
     return lines
 
 
@@ -203,24 +203,32 @@ def _bound(spectrum: Spectrum) -> NDArray[Any]:
     return np.array([spectrum.bound(float(radius))["sum"] for radius in spectrum.radii])
 
 
-def _profile(spectrum: Spectrum) -> NDArray[Any]:
-    """The largest eigenvalues from the greatest down, at so many equal steps of the share of images."""
-    values = np.sort(spectrum.eigenvalues[:, 0].astype(np.float64))[::-1]
-    values = values[np.isfinite(values)]
-    places = np.linspace(0, 1, min(PROFILE_POINTS, max(len(values), 2)))
-    return np.interp(places, np.linspace(0, 1, len(values)), values) if len(values) > 1 else np.repeat(values, 2)
+def _profile_line(runs: Sequence[Sequence[Spectrum]], number: int, name: str, kind: str) -> Line:
+    most = max(len(each.eigenvalues) for of_run in runs for each in of_run)
+    places = np.linspace(0, 1, min(PROFILE_POINTS, max(most, 2)))
+    middle, spread = _over_runs(runs, lambda each: _profile(each, places))
+    return Line((100 * places).tolist(), middle, number, name, kind, spread)
 
 
-def _profile_line(profiles: Sequence[NDArray[Any]], number: int, name: str, kind: str) -> Line:
-    length = max(map(len, profiles))
-    places = np.linspace(0, 1, length)
-    level = np.stack([np.interp(places, np.linspace(0, 1, len(each)), each) for each in profiles])
-    spread = level.std(0, ddof=1).tolist() if len(level) > 1 else ()
-    return Line((100 * places).tolist(), level.mean(0).tolist(), number, name, kind, spread)
+def _profile(spectrum: Spectrum, places: NDArray[Any]) -> NDArray[Any]:
+    """The largest eigenvalues from the greatest down, at these shares of the images."""
+    values = spectrum.profile[np.isfinite(spectrum.profile)]
+    return np.interp(places, np.linspace(0, 1, len(values)), values)
 
 
-def _of_spectra(found: Mapping[str, Spectrum], kind: str) -> list[Spectrum]:
-    return [each for name, each in found.items() if (name == "teacher") == (kind == "teacher")]
+def _over_runs(
+    runs: Sequence[Sequence[Spectrum]], of: Callable[[Any], NDArray[Any]]
+) -> tuple[list[float], Sequence[float]]:
+    """Mean and sample deviation over runs, each being the mean over its networks; of a single run over its networks."""
+    of_runs = [[of(each) for each in of_run] for of_run in runs]
+    curves = np.stack(of_runs[0] if len(of_runs) == 1 else [np.mean(each, axis=0) for each in of_runs])
+    return curves.mean(0).tolist(), curves.std(0, ddof=1).tolist() if len(curves) > 1 else ()
+
+
+def _of_spectra(found: Sequence[Mapping[str, Spectrum]], kind: str) -> list[list[Spectrum]]:
+    """The networks of one kind of every run that has some."""
+    runs = [[each for name, each in run.items() if (name == "teacher") == (kind == "teacher")] for run in found]
+    return [of_run for of_run in runs if of_run]
 
 
 def _networks(groups: Sequence[Group], everyone: bool = False) -> Iterator[tuple[Group, Mapping[str, Any]]]:

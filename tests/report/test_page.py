@@ -366,6 +366,24 @@ def test_the_curvature_table_names_every_run(make_run: RunMaker) -> None:
     assert [line.head for line in alone.lines] == ["guard, teacher", "guard, seed0"]
 
 
+def test_the_spread_of_curvature_is_over_runs(make_run: RunMaker) -> None:
+    """Runs are counted, not their students: one run with three of them weighs as much as one with a single one."""
+    runs = repeated(make_run)
+    spectra(runs[0], 2.0, ("seed0", "seed1", "seed2"))
+    spectra(runs[1], 5.0, ("seed0",))
+    profile, bound = spectrum_plots(*grouped(*runs))
+    (line,) = profile.lines
+    assert line.y == pytest.approx([16, 12, 8, 4]), "λ₁ = 4, 3, 2, 1 times 3 and 5"
+    assert line.sd == pytest.approx([2**0.5 * each for each in (4, 3, 2, 1)])
+    (measured,) = [line for line in bound.lines if line.kind == "measured"]
+    assert measured.y == pytest.approx([1 + 4])
+    assert measured.sd == pytest.approx([2**0.5])
+    profile, bound = spectrum_plots(*grouped(runs[0]))
+    assert profile.lines[0].y == pytest.approx([12, 9, 6, 3])
+    assert profile.lines[0].sd == pytest.approx([4, 3, 2, 1]), "of a single run over its students"
+    assert [line.sd for line in bound.lines if line.kind == "measured"] == [pytest.approx([1])]
+
+
 def grouped(*runs: Path) -> tuple[list[Group], Spectra]:
     groups = group_runs(find_runs(runs)[0])
     return groups, read_all_spectra(groups)
