@@ -144,12 +144,13 @@ def _drawn(plot: Plot, ink: str, faint: str, colours: Sequence[str], legend: boo
     figure.patch.set_alpha(1.0 if legend else 0.0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0.0)
+    y_range = plot.y_range or (_log_range(plot) if _logarithmic(plot) else None)
     for number, line in enumerate(plot.lines):
-        _add(axes, line, colours[line.group], f"{plot.key}-line{number}")
+        _add(axes, line, colours[line.group], f"{plot.key}-line{number}", y_range[0] if y_range else -math.inf)
     if _logarithmic(plot):
         axes.set_yscale("log")
-    if plot.y_range:
-        axes.set_ylim(*plot.y_range)
+    if y_range:
+        axes.set_ylim(*y_range)
     axes.set_xlabel(plot.x_label, color=ink)
     axes.set_ylabel(plot.y_label, color=ink)
     axes.grid(color=faint, linewidth=0.7)
@@ -168,14 +169,14 @@ def _drawn(plot: Plot, ink: str, faint: str, colours: Sequence[str], legend: boo
     return figure
 
 
-def _add(axes: Axes, line: Line, colour: str, name: str) -> None:
+def _add(axes: Axes, line: Line, colour: str, name: str, lowest: float) -> None:
     style: dict[str, Any] = {"color": colour, "linewidth": 1.1 if line.thin else 1.8, "linestyle": dashes(line)}
     if len(line.x) <= MANY:
         style |= {"marker": "s" if line.kind in DASHED else "o", "markersize": 4}
     (drawn,) = axes.plot(line.x, line.y, **style)
     drawn.set_gid(name)
     if any(line.sd):
-        low = [y - sd for y, sd in zip(line.y, line.sd, strict=True)]
+        low = [max(y - sd, lowest) for y, sd in zip(line.y, line.sd, strict=True)]
         high = [y + sd for y, sd in zip(line.y, line.sd, strict=True)]
         axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0).set_gid(f"{name}-spread")
 
@@ -204,6 +205,17 @@ def _logarithmic(plot: Plot) -> bool:
     if plot.log is not None or not values:
         return bool(plot.log)
     return min(values) > 0 and max(values) / min(values) > WIDE_RANGE
+
+
+def _log_range(plot: Plot) -> tuple[float, float] | None:
+    """Ends of a logarithmic axis: what is drawn, and a margin; a deviation that reaches 0 would take all of it."""
+    drawn = [y for line in plot.lines for y in line.y if math.isfinite(y) and y > 0]
+    above = [y + sd for line in plot.lines for y, sd in zip(line.y, line.sd, strict=False) if math.isfinite(y + sd)]
+    if not drawn:
+        return None
+    low, high = min(drawn), max([*drawn, *above])
+    margin = max((high / low) ** 0.05, 1.05)
+    return low / margin, high * margin
 
 
 def _themed(text: str, plot: Plot) -> str:

@@ -24,6 +24,7 @@ from distill.report import write_page
 from distill.report.charts import Spectra, accuracy_plots, read_all_spectra, spectrum_plots
 from distill.report.groups import Group, group_runs
 from distill.report.page import inputs_digest, made_of, render
+from distill.report.plots import Line, Plot, _drawn
 from distill.report.runs import find_runs
 from distill.report.sections import curvature
 from distill.report.thumbnails import distilled_sheet, film_sheet
@@ -180,6 +181,19 @@ def test_the_other_norm_has_its_own_curve(make_run: RunMaker) -> None:
     assert first.key != second.key
     single = make_run("two", CURVATURE, [network(0, 0.9, {("pgd", 4.0): 0.5})], teacher=None)
     assert accuracy_plots(group_runs(find_runs([single])[0])) == [], "one radius is no curve"
+
+
+def test_a_deviation_below_nought_leaves_a_logarithmic_axis_alone() -> None:
+    """Its ends follow the lines, and the shading ends at the lower one."""
+    line = Line([0, 1, 2], [0.1, 1.0, 10.0], 0, "guard", sd=[0.2, 0.5, 5.0])
+    figure = _drawn(Plot("k", "t", "x", "y", "a", [line]), "black", "grey", ["red"], legend=False)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    low, high = axes.get_ylim()
+    assert low == pytest.approx(0.1 / 150**0.05)
+    assert high == pytest.approx(15 * 150**0.05)
+    corners = np.asarray(axes.collections[0].get_paths()[0].vertices)
+    assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((low, 15))
 
 
 class Elements(HTMLParser):
