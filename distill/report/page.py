@@ -143,7 +143,7 @@ def _alone(alone: Sequence[Group], groups: Sequence[Group]) -> sections.Table | 
     of_run = {id(run): number for number, group in enumerate(groups) for run in group.runs}
     owners = {each.title: of_run[id(each.runs[0])] for each in alone}
     lines = [sections.Line(line.head, line.fields, owners[line.head]) for line in table.lines]
-    return sections.Table(table.caption, table.headings, lines, table.texts)
+    return sections.Table(table.caption, table.headings, lines)
 
 
 def _drawn(plots: Sequence[Plot]) -> list[tuple[Plot, str]]:

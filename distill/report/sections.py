@@ -44,11 +44,15 @@ class Table:
     caption: str
     headings: list[str]
     lines: list[Line]
-    texts: int = 0
-    """So many columns after the first hold text; the others are numbers."""
     notes: list[str] = field(default_factory=list)
     failed: int = 0
     """So many of its checks were not passed."""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """For each heading whether some cell below it has a number, by which the column is sorted then."""
+        columns = zip(*(line.fields for line in self.lines), strict=True)
+        return [False, *(any(isinstance(each.value, int | float) for each in column) for column in columns)]
 
 
 def headline(comparison: Comparison, groups: Sequence[Group], caption: str = "") -> Table:
@@ -72,7 +76,7 @@ def headline(comparison: Comparison, groups: Sequence[Group], caption: str = "")
             fields.append(Field(row.flags_text, None if row.flags is None else len(row.flags)))
         lines.append(Line(row.run, fields, numbers.get(row.run)))
     headings = ["run", "regularizer", "network", *(FACTS[key] for key in varying), *columns, *more]
-    return Table(caption or comparison.caption, headings, lines, 2 + len(varying), comparison.remarks)
+    return Table(caption or comparison.caption, headings, lines, comparison.remarks)
 
 
 def leader(comparison: Comparison) -> str:
@@ -104,7 +108,7 @@ def published(groups: Sequence[Group]) -> Table | None:
             gap = Field(f"{cell.value - stated:+.1f}", cell.value - stated) if cell else Field("–")
             lines.append(Line(group.title, [Field(name), ours, Field(f"{stated:g}", stated), gap], number))
     caption = "Accuracy of students in %, as measured and as the paper prints it"
-    return Table(caption, ["run", "measure", "measured", "paper", "difference"], lines, 1) if lines else None
+    return Table(caption, ["run", "measure", "measured", "paper", "difference"], lines) if lines else None
 
 
 def attacks(groups: Sequence[Group]) -> Table | None:
@@ -123,7 +127,7 @@ def attacks(groups: Sequence[Group]) -> Table | None:
             lines.append(Line(name, [Field(attack_label(attack)), accuracy, count, *passes, Field(text)], number))
     headings = ["network", "attack", "accuracy, %", "images", "forward passes", "backward passes", "specification"]
     caption = "Every attack; passes are means for each attacked image"
-    return Table(caption, headings, lines, 1) if lines else None
+    return Table(caption, headings, lines) if lines else None
 
 
 def flags(groups: Sequence[Group]) -> list[tuple[int, str]]:
@@ -156,7 +160,7 @@ def sanity(groups: Sequence[Group]) -> Table | None:
                 )
             )
     headings = ["network", "check", "outcome", "ε", "value, %", "reference, %", "meaning"]
-    return Table("Checks against gradient masking", headings, lines, 2, failed=failed) if lines else None
+    return Table("Checks against gradient masking", headings, lines, failed=failed) if lines else None
 
 
 def curvature(groups: Sequence[Group], spectra: Spectra) -> Table | None:
@@ -216,7 +220,7 @@ def costs(groups: Sequence[Group]) -> Table | None:
         devices = dict.fromkeys(cost.device for cost in by_stage.values())
         lines.append(Line(name, [*fields, Field("; ".join(devices))], number))
     caption = "Hours of CPU threads and GPUs, summed over processes, and bytes on disk"
-    return Table(caption, ["run", *stages, "all", *sizes, "hardware"], lines, 0, sorted(notes))
+    return Table(caption, ["run", *stages, "all", *sizes, "hardware"], lines, sorted(notes))
 
 
 def differences(groups: Sequence[Group]) -> Table | None:
@@ -230,7 +234,7 @@ def differences(groups: Sequence[Group]) -> Table | None:
         if len(set(texts)) > 1:
             lines.append(Line(key, [Field(text) for text in texts]))
     heads = ["option", *(name for name, _ in runs)]
-    return Table("Options that differ between the runs", heads, lines, len(runs)) if lines else None
+    return Table("Options that differ between the runs", heads, lines) if lines else None
 
 
 def run_files(groups: Sequence[Group]) -> list[tuple[int, str, list[tuple[str, str]]]]:

@@ -119,6 +119,20 @@ def test_a_click_on_a_heading_sorts(wide: Chrome) -> None:
     assert wide.execute_script(COLUMN, "#results", "clean")["sort"] == "none"
 
 
+def test_a_click_on_a_heading_of_text_sorts(wide: Chrome) -> None:
+    """Columns of text after columns of numbers too."""
+    wide.execute_script("document.querySelectorAll('#attacks details').forEach(each => each.open = true)")
+    heading = "//section[@id='attacks']//th/button[text()='specification']"
+    ordered = "return [...arguments[0]].sort((one, two) => one.localeCompare(two))"
+    for sort in ("ascending", "descending"):
+        wide.find_element("xpath", heading).click()
+        column = wide.execute_script(COLUMN, "#attacks", "specification")
+        texts = [text for _, text in column["rows"]]
+        expected = wide.execute_script(ordered, texts)
+        assert len(set(texts)) > 1
+        assert (column["sort"], texts) == (sort, expected if sort == "ascending" else expected[::-1])
+
+
 def test_a_click_on_a_run_hides_its_rows_lines_and_pictures(wide: Chrome) -> None:
     parts = ["tr", "img", "svg g", "li"]
     before = {part: wide.execute_script(VISIBLE, f"{part}[data-run='0'], [data-run='0'] {part}") for part in parts}

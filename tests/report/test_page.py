@@ -171,6 +171,23 @@ def test_effort_flags_and_published_figures(make_run: RunMaker) -> None:
     assert "20.0 paper 12.5" in text
 
 
+def test_columns_of_text_are_no_numbers(make_run: RunMaker) -> None:
+    """Headings that are sorted by number are those with a number below them, whatever column stands before them."""
+    mine = student(0, 0.5, 0.3, 0.2)
+    check = {"name": "square", "epsilon": 16.0, "value": 0.1, "reference": None, "passed": True, "sentence": "Well."}
+    mine["sanity"] = {"flags": [], "checks": [check, {**check, "epsilon": None}]}
+    run = make_run("one", CURVATURE, [mine], teacher=None)
+    write_json(run / "provenance.json", {"teacher": [{"seconds": 3, "hardware": "oak"}]})
+    headings = dict.fromkeys(
+        re.findall(r"<th scope=\"col\" aria-sort=\"none\"(.*?)><button type=\"button\">(.*?)<", page_of(run))
+    )
+    numbers = {heading for kind, heading in headings if kind == ' class="number"'}
+    texts = {heading for kind, heading in headings if not kind}
+    assert {"clean", "pgd20@8", "accuracy, %", "images", "ε", "value, %", "squeeze", "all"} <= numbers
+    assert {"run", "network", "regularizer", "attack", "check", "specification", "meaning", "hardware"} <= texts
+    assert not numbers & texts
+
+
 def test_the_other_norm_has_its_own_curve(make_run: RunMaker) -> None:
     both = network(0, 0.9, {("pgd", 4.0): 0.5, ("pgd", 8.0): 0.4, ("cw", None): 0.3})
     for epsilon, accuracy in ((0.25, 0.7), (0.5, 0.6)):
