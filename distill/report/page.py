@@ -16,7 +16,7 @@ from distill.report.charts import accuracy_plots, outdated_spectra, read_all_spe
 from distill.report.comparison import compare_groups
 from distill.report.groups import Group, each_alone, group_runs
 from distill.report.history import metrics_files
-from distill.report.plots import DARK_PALETTE, DASHED, PALETTE, Plot, svg
+from distill.report.plots import DARK_PALETTE, DASHED, MARKERS, PALETTE, Plot, marker, svg
 from distill.report.runs import IncompleteRun, Run, find_runs
 from distill.report.thumbnails import BUDGET, distilled_sheet, film_sheet
 
@@ -120,6 +120,8 @@ def render(
     return environment.get_template("page.html.jinja").render(
         **parts,
         **palettes,
+        markers=MARKERS,
+        marker=marker,
         title=_title(runs),
         contents=_contents(parts),
         style=environment.get_template("page.css").render(palettes),

@@ -19,13 +19,24 @@ INK, FAINT = "#010203", "#020304"
 """Colours that stand for the page's own in an SVG; no figure uses them as they are."""
 PALETTE = ("#0b62c4", "#c2410c", "#15803d", "#9333ea", "#be185d", "#0e7490", "#854d0e", "#475569")
 DARK_PALETTE = ("#6cb2ff", "#ff9b62", "#5fd38a", "#c79bff", "#ff8fb8", "#4fd0e3", "#e0b35a", "#aab8c8")
-"""Colours of runs on white and on black; further runs have them again with another dash."""
+"""Colours of runs on white and on black; further runs have them again with another dash and another marker."""
+MARKERS = {
+    "o": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "s": "M-3.6-3.6h7.2v7.2h-7.2z",
+    "^": "M0-4.6L4.6 4h-9.2z",
+    "D": "M0-5L5 0L0 5L-5 0z",
+    "v": "M0 4.6L4.6-4h-9.2z",
+    "P": "M-1.7-5h3.4v3.3h3.3v3.4h-3.3v3.3h-3.4v-3.3h-3.3v-3.4h3.3z",
+    "X": "M-4.6-2.2l2.4-2.4l2.2 2.2l2.2-2.2l2.4 2.4l-2.2 2.2l2.2 2.2l-2.4 2.4l-2.2-2.2l-2.2 2.2l-2.4-2.4l2.2-2.2z",
+    "*": "M0-5.2L1.3-1.8L4.9-1.6L2.1 .7L3.1 4.2L0 2.2L-3.1 4.2L-2.1 .7L-4.9-1.6L-1.3-1.8z",
+}
+"""Markers of runs, for those who do not see the colours: Matplotlib's name → the shape around 0 as an SVG path."""
 SIZE = 5.0, 3.3
 """Inches of 72 points: text of 10 points can still be read on a screen 390 pixels wide."""
 DASHED = ("teacher", "measured")
 """Kinds of lines that are not drawn through."""
-MANY = 24
-"""More points than this on a line are drawn without markers."""
+MANY, MARKED = 24, 5
+"""Of more points than so many on a line only about so many have a marker."""
 WIDE_RANGE = 30
 """A quantity above 0 whose extremes are this many times apart is drawn on a logarithmic scale."""
 
@@ -36,7 +47,7 @@ class Line:
 
     Attributes:
         x, y: points in order.
-        group: position of the run among those on the page; it chooses the colour.
+        group: position of the run among those on the page; it chooses colour and marker.
         name: for the legend.
         kind: which of several lines of a run this is, for the legend: ``student``, ``teacher``, ``measured``; empty
             where a drawing has one kind. Those of ``DASHED`` are dashed.
@@ -171,14 +182,22 @@ def _drawn(plot: Plot, ink: str, faint: str, colours: Sequence[str], legend: boo
 
 def _add(axes: Axes, line: Line, colour: str, name: str, lowest: float) -> None:
     style: dict[str, Any] = {"color": colour, "linewidth": 1.1 if line.thin else 1.8, "linestyle": dashes(line)}
-    if len(line.x) <= MANY:
-        style |= {"marker": "s" if line.kind in DASHED else "o", "markersize": 4}
+    style |= {"marker": marker(line.group), "markersize": 5}
+    if len(line.x) > MANY:
+        step = len(line.x) // MARKED
+        # Each run at another place, so that lines above each other do not hide their markers.
+        style["markevery"] = step * (line.group % len(MARKERS)) // len(MARKERS), step
     (drawn,) = axes.plot(line.x, line.y, **style)
     drawn.set_gid(name)
     if any(line.sd):
         low = [max(y - sd, lowest) for y, sd in zip(line.y, line.sd, strict=True)]
         high = [y + sd for y, sd in zip(line.y, line.sd, strict=True)]
         axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0).set_gid(f"{name}-spread")
+
+
+def marker(group: int) -> str:
+    """A key of ``MARKERS``: the first runs have all of them, and the next with the same colours have others."""
+    return list(MARKERS)[(group + group // len(PALETTE)) % len(MARKERS)]
 
 
 def dashes(line: Line) -> Any:

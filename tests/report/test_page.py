@@ -24,7 +24,7 @@ from distill.report import write_page
 from distill.report.charts import Spectra, accuracy_plots, read_all_spectra, spectrum_plots
 from distill.report.groups import Group, group_runs
 from distill.report.page import inputs_digest, made_of, render
-from distill.report.plots import Line, Plot, _drawn
+from distill.report.plots import MARKERS, Line, Plot, _drawn
 from distill.report.runs import find_runs
 from distill.report.sections import curvature
 from distill.report.thumbnails import distilled_sheet, film_sheet
@@ -211,6 +211,26 @@ def test_a_deviation_below_nought_leaves_a_logarithmic_axis_alone() -> None:
     assert high == pytest.approx(15 * 150**0.05)
     corners = np.asarray(axes.collections[0].get_paths()[0].vertices)
     assert (corners[:, 1].min(), corners[:, 1].max()) == pytest.approx((low, 15))
+
+
+def test_runs_are_told_apart_by_more_than_their_colour(make_run: RunMaker) -> None:
+    """Of eight runs each has a marker of its own, on long lines too; the next with the same colours have others."""
+    lines = [
+        Line(range(length), range(1, length + 1), group, f"r{group}") for length in (3, 160) for group in range(24)
+    ]
+    figure = _drawn(Plot("k", "t", "x", "y", "a", lines), "black", "grey", ["red"] * 24, legend=False)
+    (axes,) = figure.axes
+    shapes = [line.get_marker() for line in axes.lines]
+    assert shapes[:24] == shapes[24:], "a run has the same in every drawing"
+    assert len(set(shapes[:8])) == 8
+    assert len({(group % 8, shapes[group]) for group in range(24)}) == 24
+    page = page_of(*[make_run(f"arm{n}", {"name": f"r{n}"}, [student(0, 0.9, 0.8, 0.5)]) for n in range(9)])
+    boxes = re.findall(
+        r'<input type="checkbox" value="(\d)" checked>.*?<path transform="[^"]*" d="(.*?)"', page, re.DOTALL
+    )
+    assert [d for _, d in boxes] == [MARKERS[shape] for shape in shapes[:9]]
+    legend = re.findall(r'<li data-run="(\d)">.*?<path transform="[^"]*" d="(.*?)"', page, re.DOTALL)
+    assert set(legend) == set(boxes)
 
 
 class Elements(HTMLParser):
