@@ -188,6 +188,13 @@ def test_columns_of_text_are_no_numbers(make_run: RunMaker) -> None:
     assert not numbers & texts
 
 
+def test_the_best_is_told_in_words_too(make_run: RunMaker) -> None:
+    runs = [make_run(f"x/{n}", {"name": "none"}, [student(0, c, 0.3, 0.2)]) for n, c in (("a", 0.9), ("b", 0.8))]
+    page = page_of(*runs)
+    assert '<strong>90.0</strong><span class="unseen"> best</span></td>' in page
+    assert "<strong>80.0</strong>" not in page
+
+
 def test_the_other_norm_has_its_own_curve(make_run: RunMaker) -> None:
     both = network(0, 0.9, {("pgd", 4.0): 0.5, ("pgd", 8.0): 0.4, ("cw", None): 0.3})
     for epsilon, accuracy in ((0.25, 0.7), (0.5, 0.6)):
