@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill.files import listed
-from distill.run_folder import STAGES
+from distill.files import listed, read_json
+from distill.run_folder import RESULTS, STAGES, of_other_outcomes
 from distill.sharing.progress import DESERTED, ArtifactState, WorkerState, artifact_state
 
 COLUMNS = ("worker", "hardware", "state", "units", "twice", "busy", "working on")
@@ -27,8 +27,15 @@ def describe(run: Path, trainings: Mapping[str, str] | None = None) -> str:
         training = (trainings or {}).get(state.name, "") if state.state == "in progress" else ""
         lines.append(f"  {state.name:10}{', '.join(filter(None, (_summary(state), training)))}")
         lines += _table(state.workers)
-    lines.append(f"  results   {'complete' if 'results.json' in listed(run) else 'not there'}")
+    lines.append(f"  results   {_results(run)}")
     return "\n".join(lines)
+
+
+def _results(run: Path) -> str:
+    if RESULTS not in listed(run):
+        return "not there"
+    other = of_other_outcomes(run, read_json(run / RESULTS).get("fingerprint"))
+    return "only those of earlier outcomes" if other else "complete"
 
 
 def duration(seconds: float) -> str:

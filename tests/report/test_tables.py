@@ -18,6 +18,7 @@ from distill.report.comparison import compare_runs
 from distill.report.runs import run_folders
 from distill.report.sections import leader
 from distill.run_folder import Artifact, Recipe
+from distill.sharing.status import describe
 from distill.sharing.verify import verify
 from tests.report.conftest import RunMaker, network
 
@@ -189,6 +190,7 @@ def test_results_of_earlier_outcomes_are_not_shown(experiment: Path) -> None:
     assert left == f"{run} is not finished: it has no results.json of its present outcomes/, only one of earlier ones."
     report.write(experiment, [experiment / "sre2l", run])
     assert not (experiment / "report.md").exists()
+    assert describe(run).endswith("\n  results   only those of earlier outcomes")
     assert verify(run)[1] == [
         f"{run / 'results.json'} was not made from {run / 'outcomes'}; remove it and run the same command again."
     ]
