@@ -240,10 +240,31 @@ def test_a_network_that_changes_is_read_again():
     network[0] = nn.Conv2d(3, 6, 3, padding=1).double().eval()
     assert_equal(network, images, labels)
     assert not torch.equal(before, gradients(network, images, labels, False)[0])
+    network[1].forward = torch.tanh
+    assert known_program(network) is None
+    del network[1].forward
+    assert known_program(network) is not None
     with network[0].register_forward_hook(lambda module, inputs, output: 2 * output):
         assert known_program(network) is None
         assert torch.equal(*(gradients(network, images, labels, functorch)[0] for functorch in (False, True)))
     assert known_program(network.train()) is None
+
+
+def test_a_layer_that_is_set_otherwise_is_read_again():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 10)]
+    network, images, labels = (
+        nn.Sequential(*layers).double().eval(),
+        torch.randn(4, 3, 16, 16).double(),
+        torch.arange(4),
+    )
+    values = [gradients(network, images, labels, False)[0]]
+    for name, value in (("stride", (2, 2)), ("padding", (1, 1)), ("dilation", (2, 2))):
+        setattr(network[0], name, value)
+        assert known_program(network) is not None
+        assert_equal(network, images, labels)
+        values.append(gradients(network, images, labels, False)[0])
+    assert len({tuple(each.tolist()) for each in values}) == 4
 
 
 def test_images_that_need_a_gradient_get_one():

@@ -209,27 +209,54 @@ def _trace(network: nn.Module) -> fx.Graph:
         raise UnknownPieceError(f"it cannot be traced ({error})") from error
 
 
-_programs: WeakKeyDictionary[nn.Module, tuple[list[nn.Module], Program | None]] = WeakKeyDictionary()
+SETTINGS = (
+    *("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size", "ceil_mode", "output_size"),
+    *("return_indices", "inplace", "start_dim", "end_dim", "affine"),
+)
+"""Attributes of layers that a program goes by."""
+
+
+@dataclass
+class _Known:
+    """A program and what it was read from."""
+
+    inner: list[nn.Module]
+    settings: list[tuple[Any, ...]]
+    program: Program | None
+
+
+_programs: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def known_program(network: nn.Module) -> Program | None:
-    """The program of a network in eval mode; None when it is not made of known pieces, or torch.func transforms it."""
+    """The program of a network in eval mode; None when it is not made of known pieces, or torch.func transforms it.
+
+    It is read once, and again when layers are exchanged or set otherwise. What else a ``forward`` goes by, such as a
+    flag of its own, must not change later.
+    """
     modules = list(network.modules())
     # What torch.func transforms wrap is not for an autograd function of ours.
     if any(module.training for module in modules) or torch._C._are_functorch_transforms_active():
         return None
-    inner, program = _programs.get(network, ([], None))
-    if network not in _programs or len(inner) != len(modules) - 1 or any(map(operator.is_not, inner, modules[1:])):
+    known, inner = _programs.get(network), modules[1:]
+    settings = [_settings(module) for module in modules]
+    same = known is not None and len(known.inner) == len(inner) and not any(map(operator.is_not, known.inner, inner))
+    if known is None or not same or known.settings != settings:
         try:
             program = Program(network)
         except UnknownPieceError:
             program = None
-        _programs[network] = (modules[1:], program)
-    if program is not None and any(_hooked(module) for module in modules):
+        known = _programs[network] = _Known(inner, settings, program)
+    if known.program is not None and any(_altered(module) for module in modules):
         return None
-    return program
+    return known.program
 
 
-def _hooked(module: nn.Module) -> bool:
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(vars(module).get(name) for name in SETTINGS)
+
+
+def _altered(module: nn.Module) -> bool:
+    """Whether a module does more than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or "forward" in vars(module)
