@@ -94,8 +94,11 @@ class Search:
             return None
         now = self.worker.now()
         for unit in self.random.sample(wanted, min(HOLDERS, len(wanted))):
-            # It may have published the unit and ended since this worker looked.
-            if not self._dead(unit, now) or unit in listed(self.folder):
+            if not self._dead(unit, now):
+                continue
+            # It may have published the unit and ended since this worker looked. A manifest that is there is wanted all
+            # the same, where something that is made beside it is not.
+            if unit != MANIFEST and unit in listed(self.folder):
                 continue
             generation = self.held[unit] + 1
             if self.claims.take(unit, generation, self.token):

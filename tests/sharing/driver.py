@@ -2,6 +2,7 @@
 
 Unit n is a file of counted random numbers, so that its bytes are a function of n; ``seconds`` is how long it takes.
 ``stop=n`` suspends the process in unit n, ``stop=PATTERN`` in the moment before a file of that name is published.
+``beside=NAME`` is a file of the run that whoever finishes the artifact writes after its manifest.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def suspend_before(pattern: str) -> None:
 def main() -> None:
     """Work until the artifact is complete, or until nothing is free with ``wait=0``."""
     run, count = Path(sys.argv[1]), int(sys.argv[2])
-    given = {"seconds": "0", "lease": "120", "wait": "1", "key": "", "hardware": "CPU", "stop": ""}
+    given = {"seconds": "0", "lease": "120", "wait": "1", "key": "", "hardware": "CPU", "stop": "", "beside": ""}
     given |= dict(text.split("=", 1) for text in sys.argv[3:])
     if given["stop"] and not given["stop"].isdecimal():
         suspend_before(given["stop"])
@@ -82,8 +83,12 @@ def main() -> None:
         def finish() -> None:
             seen = [hashlib.sha256((made.folder / name).read_bytes()).hexdigest() for name in names(count)]
             made.finish(units=names(count), seen=seen)
+            for path in beside:
+                write_atomic(path, "made beside it")
 
-        Sharing(run, made, worker, wait=given["wait"] == "1", quiet=True).work(names(count), make, finish, "test")
+        beside = [run / given["beside"]] if given["beside"] else []
+        sharing = Sharing(run, made, worker, wait=given["wait"] == "1", quiet=True, beside=beside)
+        sharing.work(names(count), make, finish, "test")
 
 
 if __name__ == "__main__":

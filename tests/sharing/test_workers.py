@@ -140,6 +140,18 @@ def test_a_slow_finisher_comes_too_late(tmp_path: Path) -> None:
         crew.check()
 
 
+def test_what_a_dead_finisher_has_not_made_beside_the_manifest_is_made(tmp_path: Path) -> None:
+    """The manifest is there, and claimed by the dead one: the next worker waited for ever."""
+    with Crew(tmp_path, 3) as crew:
+        finisher = crew.start("beside=results", "stop=results")
+        crew.suspended(finisher)
+        assert (tmp_path / KIND / "manifest.json").exists()
+        kill(finisher)
+        assert end(crew.start("beside=results")) == (0, "")
+        assert (tmp_path / "results").read_text() == "made beside it"
+        crew.check()
+
+
 def test_a_worker_that_just_begins_is_left_alone(tmp_path: Path) -> None:
     """Others finish while its first record is written and not yet published."""
     with Crew(tmp_path, 3) as crew:
