@@ -94,10 +94,14 @@ def prepared(config: Config) -> bool:
         return False
     if config.format.name == "folder":
         return True
-    from distill.data.beton import BetonLayout
+    from distill.data.beton import BetonLayout, read_beton_manifest
 
-    layout = BetonLayout.of(config.format, config.dataset)
-    return (layout.folder(PreparedSet.open(folder)) / "manifest.json").is_file()
+    images, layout = PreparedSet.open(folder), BetonLayout.of(config.format, config.dataset)
+    written = layout.folder(images)
+    if not (written / "manifest.json").is_file():
+        return False
+    # After each split it is written anew.
+    return set(images.splits) <= set(read_beton_manifest(written)["files"])
 
 
 def commands_left(config: Config) -> list[str]:

@@ -80,6 +80,12 @@ class Launch:
         """Whether the process that runs a local launch is at work on this machine."""
         return bool(self.driver) and self.host == socket.gethostname() and not process_gone(*self.driver)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether the process that ran a local launch of this machine has ended without a word."""
+        here = self.executor == "local" and self.host == socket.gethostname()
+        return here and self.state == "running" and not self.alive
+
     def write(self) -> None:
         """Write it down as it is now."""
         content = {**asdict(self), "format": FORMAT, "version": VERSION}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distill.errors import GuardError, Preempted
 from distill.files import listed
+from distill.sharing.host import process_start
 from distill.sharing.status import duration
 from launchers.ledger import ATTEMPTS, Entry, Launch
 
@@ -112,7 +113,7 @@ def _task(
         state = "stopped" if code == Preempted.exit_code else "failed"
         often = "once" if tries == 1 else f"{tries} times"
         return Task(number, state, f"ended with exit code {code}, tried {often}", tries)
-    if last and (queued is None or launch.executor == "local"):
+    if last and (queued is None or launch.executor == "local") and not _left_alone(launch, number):
         return Task(number, "running", f"for {duration(max(time.time() - float(last[0]), 0))}", tries)
     ended = past.get(number, "")
     if ended.startswith("CANCELLED") or (not last and launch.state == "cancelled"):
@@ -122,6 +123,11 @@ def _task(
     if queued is None:
         return Task(number, "pending", "not begun", tries)
     return Task(number, "cancelled", ended or "it has left the queue before it began", tries)
+
+
+def _left_alone(launch: Launch, number: str) -> bool:
+    """Whether the process of a job is gone, and so is the launch that would have noted how it ended."""
+    return launch.abandoned and process_start(int(number)) is None
 
 
 def _attempts(path: Path) -> list[list[str]]:

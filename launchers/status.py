@@ -23,7 +23,8 @@ def describe(run: Path) -> str:
     if launch is None:
         return ""
     found, remark = nodes(launch)
-    lines = [f"  launch {launch.folder.name} on {launch.cluster}, {launch.started}, {launch.state}"]
+    state = "ended without a word" if launch.abandoned else launch.state
+    lines = [f"  launch {launch.folder.name} on {launch.cluster}, {launch.started}, {state}"]
     if remark:
         lines.append(f"    {remark}")
     width = max((len(node.entry.key) for node in found), default=0)

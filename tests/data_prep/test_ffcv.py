@@ -28,6 +28,7 @@ from distill.data.augment import image_view
 from distill.data.beton import BetonLayout, beton_file
 from distill.data.decode import decode_square, read_image
 from distill.errors import ConfigError, DataError
+from launchers.graph import prepared as written
 
 Reader = pytest.importorskip("ffcv.reader", reason="ffcv is not installed").Reader
 cv2 = pytest.importorskip("cv2")
@@ -280,8 +281,10 @@ def test_killed_at_any_moment(photos, tmp_path, records, replaces, left):
     folder = layout_of(config).folder(prepare(photos()))
     assert sorted(name for name in os.listdir(folder) if name[0] != ".") == left
     assert [name for name in os.listdir(folder) if name.startswith(".")], "what was begun"
+    assert not written(config), "guard launch has a job write the rest"
     kept = "manifest.json" in left and (folder / "train.beton").stat().st_mtime_ns
     assert bytes_of(convert(config)[1]) == expected
+    assert written(config)
     assert not kept or (folder / "train.beton").stat().st_mtime_ns == kept
 
 

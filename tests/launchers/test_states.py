@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_what_a_killed_launch_has_not_begun_waits_no_more(tmp_path: Path) -> Non
     launch.driver[1] += 1
     assert states(launch) == {"squeeze": "done", "recover": "cancelled"}
     assert nodes(launch)[0][1].why == "it was not submitted"
+
+
+def test_what_a_killed_launch_was_at_does_not_run_for_ever(tmp_path: Path) -> None:
+    launch, job = written(tmp_path), subprocess.Popen(["sleep", "100"])
+    launch.driver[1] += 1
+    launch.jobs[0].ids = [str(job.pid)]
+    launch.write()
+    (launch.folder / "squeeze" / f"{job.pid}_{ATTEMPTS}").write_text("1 start 0 n1\n")
+    assert states(launch) == {"squeeze": "running", "recover": "cancelled"}, "its process goes on without the launch"
+    job.kill()
+    job.wait()
+    assert states(launch) == {"squeeze": "failed", "recover": "cancelled"}
+    text = describe(tmp_path)
+    assert text.splitlines()[0].endswith("ended without a word")
+    assert f"job {job.pid} ended without a word" in text
 
 
 def test_logs_show_the_end_of_what_is_drawn_over_itself(tmp_path: Path) -> None:
