@@ -24,7 +24,8 @@ class Teacher(Protocol):
 class ViewLoader:
     """Shuffled batches of views; every image once an epoch, the last batch may be smaller.
 
-    A single image that is left over joins the batch before it: batch norm could not take it alone.
+    A single image that is left over joins the batch before it: batch norm cannot take it alone in a network that ends
+    in maps of one pixel.
 
     Where only some epochs are stored, views and labels are those of ``stored_epoch``, varied as ``reused`` says; the
     order of the images is that of the student's own epoch.

@@ -27,10 +27,12 @@ class Group:
     Attributes:
         name: of its first run, as ``distinct_names`` tells it from the others.
         runs: at least one, in the order given.
+        names: of each of them, as ``distinct_names`` tells them from all that are compared.
     """
 
     name: str
     runs: list[Run]
+    names: Sequence[str]
 
     @property
     def title(self) -> str:
@@ -38,8 +40,8 @@ class Group:
         return f"{self.name} ({len(self.runs)} runs)" if len(self.runs) > 1 else self.name
 
     def name_of(self, run: Run) -> str:
-        """What one of its runs is called among all of them."""
-        return distinct_names(self.runs)[self.runs.index(run)] if len(self.runs) > 1 else self.name
+        """What one of its runs is called among all that are compared."""
+        return self.names[self.runs.index(run)] if len(self.runs) > 1 else self.name
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -58,15 +60,16 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         seeds = {run.results.get("seed") for run in members}
         parts += [members] if len(seeds) == len(members) else [[run] for run in members]
     parts.sort(key=lambda members: runs.index(members[0]))
+    known = {run.path: name for run, name in zip(runs, distinct_names(runs), strict=True)}
+    firsts = distinct_names([members[0] for members in parts])
     return [
-        Group(name, members)
-        for name, members in zip(distinct_names([members[0] for members in parts]), parts, strict=True)
+        Group(name, members, [known[run.path] for run in members]) for name, members in zip(firsts, parts, strict=True)
     ]
 
 
 def each_alone(runs: Sequence[Run]) -> list[Group]:
     """Every run as a group of its own, under a name that tells it from the others."""
-    return [Group(name, [run]) for name, run in zip(distinct_names(runs), runs, strict=True)]
+    return [Group(name, [run], [name]) for name, run in zip(distinct_names(runs), runs, strict=True)]
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:

@@ -134,6 +134,18 @@ def test_repetitions_of_one_whole_name_are_known_by_their_folders(make_run: RunM
         assert f" {name}, student, seed 0 pgd20@8" in text, "its attacks"
 
 
+def test_repetitions_of_two_settings_under_the_same_names_are_told_apart(make_run: RunMaker) -> None:
+    """Two run roots, each with two seeds: every run has a name of its own in the tables of single runs."""
+    runs = [
+        make_run(f"demo_{seed}/guard", {**CURVATURE, "h": h}, [student(0, 0.9, 0.8, 0.5)], root, seed=seed)
+        for root, h in (("first", 1.5), ("second", 3.0))
+        for seed in (0, 1)
+    ]
+    groups = group_runs(find_runs(runs)[0])
+    names = [group.name_of(run) for group in groups for run in group.runs]
+    assert names == [f"{root}/demo_{seed}/guard" for root in ("first", "second") for seed in (0, 1)]
+
+
 def test_old_results_without_new_keys(make_run: RunMaker) -> None:
     page = page_of(make_run("old", {"name": "none"}, [student(0, 0.9, 0.8, 0.5)], teacher=None, recover=None))
     text = words(page)
