@@ -106,8 +106,12 @@ class Slurm:
         return done.stderr
 
     def hurry(self, job: str) -> None:
-        """Let a job start now that Slurm holds back because it was requeued."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Let a job start soon that Slurm holds back because it was requeued.
+
+        Not within the same second: slurmd counts in whole ones, and takes a job that comes back that soon for the one
+        that it has just ended ("already killed, do not launch batch job").
+        """
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def signal(self, job: str, name: str) -> None:
         """Let Slurm send a signal to all tasks of a job, as it does before it preempts."""
