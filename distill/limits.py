@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.config import Config, EngineConfig
+from distill.config import Config, EngineConfig, RelabelConfig
 from distill.config_cluster import ClusterConfig
 from distill.errors import ConfigError
 
@@ -232,9 +232,9 @@ def _check_labels(c: Config) -> None:
         for name, given in (("precision", relabel.precision != "float32"), ("compile", relabel.compile)):
             if given:
                 raise ConfigError(f"relabel.{name} is about the teacher, which evaluate.labels=hard never asks.")
-    for name, off in (("batch_size", 100), ("codec", "float16"), ("stored_epochs", 0)):
+    for name in ("batch_size", "codec", "stored_epochs"):
         value = getattr(relabel, name)
-        if value != off and (relabel.mode == "online" or c.evaluate.labels == "hard"):
+        if value != getattr(RelabelConfig(), name) and (relabel.mode == "online" or c.evaluate.labels == "hard"):
             reason = "relabel.mode=online" if relabel.mode == "online" else "evaluate.labels=hard"
             raise ConfigError(f"relabel.{name}={value} is about stored labels; {reason} stores none.")
 

@@ -129,7 +129,7 @@ Spectra = Sequence[Sequence[Mapping[str, "Spectrum"]]]
 
 def read_all_spectra(groups: Sequence[Group]) -> Spectra:
     """The spectra of every run."""
-    if not any((run.path / SPECTRUM).is_dir() for group in groups for run in group.runs):
+    if not _measured(groups):
         return [[{} for _ in group.runs] for group in groups]
     from distill.report.spectra import read_spectra
 
@@ -138,7 +138,7 @@ def read_all_spectra(groups: Sequence[Group]) -> Spectra:
 
 def outdated_spectra(groups: Sequence[Group]) -> list[str]:
     """A sentence for every run with spectra that are not shown, because their networks were made anew."""
-    if not any((run.path / SPECTRUM).is_dir() for group in groups for run in group.runs):
+    if not _measured(groups):
         return []
     from distill.report.spectra import outdated
 
@@ -149,6 +149,11 @@ def outdated_spectra(groups: Sequence[Group]) -> list[str]:
         for run in group.runs
         if (old := outdated(run.path))
     ]
+
+
+def _measured(groups: Sequence[Group]) -> bool:
+    """Whether some run has spectra; without any, what reads them need not be loaded."""
+    return any((run.path / SPECTRUM).is_dir() for group in groups for run in group.runs)
 
 
 def spectrum_plots(groups: Sequence[Group], spectra: Spectra) -> list[Plot]:

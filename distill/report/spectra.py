@@ -51,8 +51,9 @@ def read_spectra(run: Path) -> dict[str, Spectrum]:
     folder = run / SPECTRUM
     if "manifest.json" not in listed(folder):
         return {}
-    networks, old = read_manifest(folder, SPECTRUM)["networks"], outdated(run)
-    current = [name for name in networks if ("teacher" if name == "teacher" else "student") not in old]
+    manifest = read_manifest(folder, SPECTRUM)
+    old = changed_inputs(run, manifest["recipe"]["inputs"])
+    current = [name for name in manifest["networks"] if ("teacher" if name == "teacher" else "student") not in old]
     return {name: Spectrum.read(folder / f"{name}.safetensors") for name in current}
 
 

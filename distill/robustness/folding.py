@@ -8,6 +8,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from distill.models.inference import fold
 from distill.models.resnet import ResNet
+from distill.models.unaltered import unaltered
 
 LAYERS = frozenset(
     {
@@ -17,7 +18,6 @@ LAYERS = frozenset(
 )
 """What a part consists of that is folded. Folding follows what a network does with one image that has no values, which
 tells nothing of code that decides by the values; these do not."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def folded(model: nn.Module) -> nn.Module:
         # A batch norm alone has no convolution to go into.
         within = any(type(layer) is nn.BatchNorm2d for layer in model.modules() if layer is not model)
         return fold(model, torch.float32) if within else model
-    if type(model) is not nn.Sequential or not _own(model):
+    if type(model) is not nn.Sequential or not unaltered(model):
         return model
     parts = [folded(part) for part in model]
     return model if all(a is b for a, b in zip(parts, model, strict=True)) else nn.Sequential(*parts)
@@ -46,12 +46,7 @@ def _plain(part: nn.Module) -> bool:
     layers = [layer for _, layer in part.named_modules(remove_duplicate=False)]
     tensors = [*part.parameters(), *part.buffers()]
     return (
-        all(type(layer) in LAYERS and _own(layer) for layer in layers)
+        all(type(layer) in LAYERS and unaltered(layer) for layer in layers)
         and len(layers) == len(set(layers))
         and all(each.dtype == torch.float32 for each in tensors if each.is_floating_point())
     )
-
-
-def _own(layer: nn.Module) -> bool:
-    """Whether a layer does what its class says and nothing more."""
-    return "forward" not in vars(layer) and not any(getattr(layer, name) for name in HOOKS)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distill.models.unaltered import unaltered
 from distill.regularizers.piecewise.kernels import Convolution, Linear, WeightedPiece
 from distill.regularizers.piecewise.pieces import AveragePool, Flatten, MaxPool, Piece, Rectifier, Sum
 
@@ -216,16 +217,9 @@ SETTINGS = (
 """Attributes of layers that a program goes by."""
 
 
-@dataclass
-class _Known:
-    """A program and what it was read from."""
-
-    inner: list[nn.Module]
-    settings: list[tuple[Any, ...]]
-    program: Program | None
-
-
-_programs: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_Layers = list[tuple[nn.Module, tuple[Any, ...]]]
+_programs: WeakKeyDictionary[nn.Module, tuple[_Layers, Program | None]] = WeakKeyDictionary()
+"""Of each network its inner layers and their settings, and the program that was read from them."""
 
 
 def known_program(network: nn.Module) -> Program | None:
@@ -238,25 +232,12 @@ def known_program(network: nn.Module) -> Program | None:
     # What torch.func transforms wrap is not for an autograd function of ours.
     if any(module.training for module in modules) or torch._C._are_functorch_transforms_active():
         return None
-    known, inner = _programs.get(network), modules[1:]
-    settings = [_settings(module) for module in modules]
-    same = known is not None and len(known.inner) == len(inner) and not any(map(operator.is_not, known.inner, inner))
-    if known is None or not same or known.settings != settings:
+    layers = [(module, tuple(vars(module).get(name) for name in SETTINGS)) for module in modules[1:]]
+    known, program = _programs.get(network, (None, None))
+    if known != layers:
         try:
             program = Program(network)
         except UnknownPieceError:
             program = None
-        known = _programs[network] = _Known(inner, settings, program)
-    if known.program is not None and any(_altered(module) for module in modules):
-        return None
-    return known.program
-
-
-def _settings(module: nn.Module) -> tuple[Any, ...]:
-    return tuple(vars(module).get(name) for name in SETTINGS)
-
-
-def _altered(module: nn.Module) -> bool:
-    """Whether a module does more than its class says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+        _programs[network] = (layers, program)
+    return program if all(map(unaltered, modules)) else None
