@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -221,7 +220,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs mount")
 @pytest.mark.parametrize("tensorboard", ["true", "false"])
 def test_a_full_disk_loses_nothing(finished: Path, small_disk: Path, tmp_path: Path, tensorboard: str) -> None:
     shutil.copytree(finished / "data", tmp_path / "data")
@@ -239,7 +237,6 @@ def test_a_full_disk_loses_nothing(finished: Path, small_disk: Path, tmp_path: P
     assert [name for name in theirs if mine.get(name) != theirs[name]] == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs mount")
 def test_a_full_disk_leaves_nothing_of_a_reused_teacher(run: Path, small_disk: Path) -> None:
     filler = small_disk / "filler"
     filler.write_bytes(bytes(500 * 1024))
