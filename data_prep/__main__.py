@@ -11,6 +11,7 @@ from data_prep.prepare import prepare
 from data_prep.verify import verify
 from distill.compose import compose
 from distill.errors import sentence
+from distill.say import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if chosen.debug:
             raise
-        print(f"data_prep: {sentence(error)}", file=sys.stderr)
+        say(f"data_prep: {sentence(error)}")
         return getattr(error, "exit_code", 1)
     return 0
 

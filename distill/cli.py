@@ -16,6 +16,7 @@ from distill.compose import names_of
 from distill.config import Config
 from distill.environment import speaks
 from distill.errors import ConfigError
+from distill.say import say
 from distill.told import told
 
 
@@ -79,7 +80,7 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         check_place(configs[0])
         for told in share_teachers(configs):
             if parsed.command in ("run", "squeeze", "launch") and speaks():
-                print(f"guard: {told}", file=sys.stderr)
+                say(f"guard: {told}")
     if parsed.command == "launch":
         from launchers.launch import launch
 
@@ -101,7 +102,7 @@ def _compare(paths: Sequence[str], form: str, html: str | None) -> int:
     if page.is_dir():
         raise ConfigError(f"--html {page} is a folder; give the name of a file in it.")
     if write_page(page, paths):
-        print(f"Page: {page}", file=sys.stderr)
+        say(f"Page: {page}")
     return 0
 
 
@@ -144,7 +145,7 @@ def _verify(paths: Sequence[str]) -> int:
         lines, faults = verify(run)
         print("\n".join(lines))
         for fault in faults:
-            print(f"guard: {fault}", file=sys.stderr)
+            say(f"guard: {fault}")
         damaged |= bool(faults)
     return int(damaged)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from distill.say import say
+
 
 class Progress:
     """A context manager that counts.
@@ -59,7 +61,7 @@ class Progress:
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
         notes = "".join(f", {key} {value}" for key, value in self.notes.items())
         text = f"{self.description}: {self.done}/{self.total} {self.unit}{speed}{left}{notes}"
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

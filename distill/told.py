@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from distill.environment import speaks
 from distill.errors import Preempted, exit_code, sentence
+from distill.say import say
 from distill.training.preemption import preemptible
 
 
@@ -41,10 +42,10 @@ def told(work: Callable[[], int], *, debug: bool = False, last: bool = False) ->
             return Ended(work())
     except Preempted as stopped:
         if speaks():
-            print(f"guard: {stopped}", file=sys.stderr)
+            say(f"guard: {stopped}")
         return Ended(stopped.exit_code, stopped.signal)
     except KeyboardInterrupt:
-        print("guard: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        say("guard: interrupted; the same command continues where it stopped.")
         return Ended(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,11 +53,11 @@ def told(work: Callable[[], int], *, debug: bool = False, last: bool = False) ->
     except Exception as error:
         if debug:
             raise
-        print(f"guard: {sentence(error)}", file=sys.stderr)
+        say(f"guard: {sentence(error)}")
         return Ended(exit_code(error))
 
 
 def _heard_elsewhere(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard's writer hands an OSError on to the main thread; any other failure of a thread is told here."""
     if failure.exc_value is not None and not isinstance(failure.exc_value, OSError):
-        print(f"guard: in a thread: {sentence(failure.exc_value)}", file=sys.stderr)
+        say(f"guard: in a thread: {sentence(failure.exc_value)}")

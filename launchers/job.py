@@ -20,6 +20,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from distill.config import Config
 from distill.environment import detect
 from distill.errors import Preempted
+from distill.say import say
 from launchers.graph import PREPARE, REPORT
 from launchers.snapshot import check_code
 
@@ -108,14 +109,13 @@ class StageJob:
         try:
             signal.raise_signal(getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"))
         except UncompletedJobError:
-            print(
+            say(
                 f"guard: {self.stage} has been stopped {self.stops + 1} times, and cluster.requeues={self.requeues}; "
-                f"what is done is kept, and another guard launch goes on with it.",
-                file=sys.stderr,
+                f"what is done is kept, and another guard launch goes on with it."
             )
             sys.exit(STOPPED_TOO_OFTEN)
         except subprocess.SubprocessError as error:
-            print(f"guard: the job could not be requeued: {error}", file=sys.stderr)
+            say(f"guard: the job could not be requeued: {error}")
         except SystemExit as left:
             if left.code != -1:
                 raise

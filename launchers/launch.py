@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from distill.config import Config
 from distill.errors import ArtifactError, GuardError
 from distill.pipeline import experiment_folder, run_folder
 from distill.preflight import check_batches, preflight
+from distill.say import say
 from launchers import snapshot
 from launchers.graph import Job, build_graph, prepared
 from launchers.job import StageJob
@@ -78,11 +78,10 @@ def _warn(config: Config) -> None:
     squeeze = config.cluster.squeeze
     ranks = squeeze.nodes * squeeze.tasks
     if ranks > 1 and config.squeeze.batch_size < FEW * ranks and config.squeeze.batchnorm == "local":
-        print(
+        say(
             f"guard: squeeze.batch_size={config.squeeze.batch_size} over {ranks} ranks leaves each "
             f"{config.squeeze.batch_size // ranks}, and batch norm takes the statistics of a rank's images; use a "
-            f"larger batch, fewer ranks (cluster.squeeze.nodes, cluster.squeeze.tasks), or squeeze.batchnorm=sync.",
-            file=sys.stderr,
+            f"larger batch, fewer ranks (cluster.squeeze.nodes, cluster.squeeze.tasks), or squeeze.batchnorm=sync."
         )
 
 

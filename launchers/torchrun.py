@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 from distill.errors import LOST_ANOTHER, SIGNALS, Preempted
+from distill.say import say
 from distill.training.preemption import AGENT
 
 RESTARTS = 3
@@ -110,7 +111,7 @@ class Relay:
         first, self.told = self.told is None, number
         if not children(os.getpid()):
             # The processes are not there yet, or no longer.
-            print(f"guard: {Preempted()}", file=sys.stderr)
+            say(f"guard: {Preempted()}")
             raise SystemExit(Preempted.exit_code)
         if first:
             threading.Thread(target=self._pass_on, args=(number,), daemon=True).start()
@@ -169,17 +170,17 @@ def _launch(given: argparse.Namespace, relay: Relay) -> int:
         if relay.told is not None:
             return Preempted.exit_code
         if not started:
-            print(f"guard: cannot meet at {given.rdzv_endpoint}: {' '.join(str(error).split())}", file=sys.stderr)
+            say(f"guard: cannot meet at {given.rdzv_endpoint}: {' '.join(str(error).split())}")
             return 1
         lost = f"The machine of {given.rdzv_endpoint}, where all meet, is gone"
         lost = "Another machine of this run has ended" if isinstance(error, RendezvousClosedError) else lost
-        print(f"guard: {lost}; the same command on every machine continues.", file=sys.stderr)
+        say(f"guard: {lost}; the same command on every machine continues.")
         return LOST_ANOTHER
     except RendezvousTimeoutError:
-        print(f"guard: fewer than {given.nnodes} machines came; start the same command on each.", file=sys.stderr)
+        say(f"guard: fewer than {given.nnodes} machines came; start the same command on each.")
         return LOST_ANOTHER if started else 1
     except Exception as error:
-        print(f"guard: torchrun has failed: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"guard: torchrun has failed: {' '.join(str(error).split())}")
         return 1 if relay.told is None else Preempted.exit_code
     return 0
 
@@ -208,7 +209,7 @@ def _watch_failures(relay: Relay) -> list[bool]:
                 elif self._remaining_restarts:
                     what, times = f"killed: {killed}; " if killed else "", self._remaining_restarts
                     again = f"starting again from what is saved, the first of at most {times} times"
-                    print(f"guard: {what}{again}.", file=sys.stderr, flush=True)
+                    say(f"guard: {what}{again}.")
             return result
 
         def _start_workers(self, *arguments: Any, **named: Any) -> Any:
@@ -228,7 +229,7 @@ def exit_code(codes: Mapping[int, int], told: int | None) -> int:
     """
     code, killed, _ = judge(codes, told)
     if killed:
-        print(f"guard: killed: {killed}; the same command continues from what is saved.", file=sys.stderr)
+        say(f"guard: killed: {killed}; the same command continues from what is saved.")
     return code
 
 

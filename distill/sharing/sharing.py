@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from distill.files import digest, json_text, listed, place_first, write_atomic, 
 from distill.progress import Progress
 from distill.provenance import Provenance
 from distill.run_folder import Artifact
+from distill.say import say
 from distill.sharing.claims import CLAIMS, Claims
 from distill.sharing.records import provenance_entries, read_records
 from distill.sharing.search import MANIFEST, Search
@@ -172,10 +172,9 @@ class Sharing:
             self.worker.made(unit, began, "equal")
         else:
             first = self._maker(unit)
-            print(
+            say(
                 f"guard: {unit} differs from the one that {first} published first, which stays; "
-                f"{self.worker.id} ({self.worker.record['hardware']}) drops its own.",
-                file=sys.stderr,
+                f"{self.worker.id} ({self.worker.record['hardware']}) drops its own."
             )
             self.worker.made(unit, began, "dropped", first=first)
         path.unlink(missing_ok=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from distill.exchange import read_images
 from distill.files import save_tensors
+from distill.say import say
 from distill.stages.work import Work
 
 FILE = "unit_00000.safetensors"
@@ -27,7 +26,7 @@ def _take(work: Work) -> None:
     config, classes = work.config, work.prepared.classes
     ready = read_images(config.recover, config.dataset, classes)
     for note in ready.notes:
-        print(f"guard: {note}", file=sys.stderr)
+        say(f"guard: {note}")
     save_tensors(work.folder / FILE, {"images": ready.images, "labels": ready.labels})
     work.monitor.images(0, "distilled", ready.images[:100])
     work.artifact.finish(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from distill.data.batch import Loader
 from distill.errors import ArtifactError, lost_another
 from distill.files import file_digest, listed, read_json, write_json
+from distill.say import say
 from distill.training.engine import Engine
 from distill.training.processes import Processes
 
@@ -153,7 +153,7 @@ class Checkpoint:
             problem = _problem(path)
             if not problem:
                 for text in damaged:
-                    print(f"guard: {text}; going on from step {_step(path)}.", file=sys.stderr)
+                    say(f"guard: {text}; going on from step {_step(path)}.")
                 return path, ""
             if self.result is not None and not path.exists():
                 # Another worker has let go of it: there is a later one.
