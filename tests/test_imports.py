@@ -26,6 +26,7 @@ LEVELS = [
     [
         "distill",
         "distill.errors",
+        "distill.say",
         "distill.environment",
         "distill.option",
         "distill.config_machine",
