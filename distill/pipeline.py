@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from distill.config import Config
 from distill.data.catalogue import PreparedSet
 from distill.environment import detect
+from distill.errors import GuardError
 from distill.files import digest, locked, write_atomic
 from distill.graph import STAGES, Stage, artifact_of, beside, other_teachers, stores_labels
 from distill.preflight import preflight
@@ -158,8 +159,12 @@ def _work(
         _write_config(config, folder)
         artifact.begin()
         group.barrier()
-        with Provenance(folder / "provenance.json").record(stage.makes, engine=config.engine.choice):
-            work()
+        try:
+            with Provenance(folder / "provenance.json").record(stage.makes, engine=config.engine.choice):
+                work()
+        except GuardError:
+            artifact.withdraw()
+            raise
 
 
 def _share(

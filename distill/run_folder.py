@@ -115,6 +115,11 @@ class Artifact:
                 write_first(self.folder / "recipe.json", json_text(content))
         self.check_begun()
 
+    def withdraw(self) -> None:
+        """Take the recipe back where nothing has been made from it, so that the corrected command is not refused."""
+        if listed(self.folder) == {"recipe.json"}:
+            remove([self.folder / "recipe.json"])
+
     def check_begun(self) -> None:
         """Raises ArtifactError when the folder is not, or no longer, being made from this recipe."""
         path = self.folder / "recipe.json"

@@ -98,6 +98,8 @@ def test_a_teacher_is_reused_only_when_it_is_the_same(root: Path, capsys: pytest
     places = [f"run_root={root / 'runs'}", f"data_root={root / 'data'}", "name=wrong"]
     assert main(["squeeze", *FAST, *places, f"squeeze.reuse={source}", "squeeze.lr=0.07"]) == 1
     assert "squeeze.lr (was 0.05, now 0.07)" in capsys.readouterr().err
+    # Nothing was made from the wrong option, so that it does not stand in the way of the right one.
+    run(root, "wrong", f"squeeze.reuse={source}", command="squeeze")
 
 
 def test_initial_weights_without_training(root: Path) -> None:
