@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,7 +45,7 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
     Raises:
         ConfigError: one sentence with the full key and what is allowed.
     """
-    overrides = list(overrides)
+    overrides = _literal(overrides)
     groups = group_choices(extra_folder)
     _check_overrides(overrides, groups)
     if extra_folder is not None:
@@ -100,12 +101,33 @@ def names_of(override: str) -> set[str]:
     return {key} | {key[:end] for end, character in enumerate(key) if character == "."}
 
 
+def _literal(overrides: Sequence[str]) -> list[str]:
+    """Text is taken as it stands: Hydra's grammar makes the number 20260105 of 2026_01_05, and reads no é, ~ or (."""
+    types, texts = {key: hint for key, hint, _ in options()}, []
+    for text in overrides:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if types.get(key) is str and value and not re.search("['\"]", value):
+            try:
+                parsed = OverridesParser.create().parse_override(text)
+                changed = parsed.is_sweep_override() or isinstance(parsed.value(), bool | int | float)
+            except HydraException:
+                changed = True
+            if changed:
+                # No shell expands ~ behind a key with a dot.
+                value = os.path.expanduser(value)
+                text = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        texts.append(text)
+    return texts
+
+
 def _check_overrides(overrides: Sequence[str], groups: dict[str, dict[str, Path]]) -> None:
     types = {key: hint for key, hint, _ in options()}
     for text in overrides:
         try:
             parsed: Override = OverridesParser.create().parse_override(text)
         except HydraException as error:
+            if "=" in text:
+                raise ConfigError(f"The value of {text!r} cannot be read; a list stands in brackets: [1,2].") from error
             raise ConfigError(f"{text!r} is not of the form key=value.") from error
         key = parsed.key_or_group
         if key in groups:
@@ -118,6 +140,9 @@ def _check_overrides(overrides: Sequence[str], groups: dict[str, dict[str, Path]
             close = [name for name in types if name.split(".")[-1] == key] or close
             hint = f"did you mean {' or '.join(close)}?" if close else "guard config shows every key."
             raise ConfigError(f"Unknown key {key}; {hint}")
+        elif parsed.is_sweep_override():
+            value = text.split("=", 1)[1]
+            raise ConfigError(f"{text} is more than one value; a list stands in brackets: '{key}=[{value}]'.")
 
 
 def _inside_open_mapping(key: str, types: dict[str, Any]) -> bool:

@@ -174,6 +174,9 @@ def test_every_option_is_documented() -> None:
         ("regularizer=null", ["regularizer"]),
         ("experiment=demo,imagenette_smoke", ["experiment"]),
         ("squeeze.epochs", ["key=value"]),
+        ("evaluate.seeds=0,1", ["'evaluate.seeds=[0,1]'"]),
+        ("evaluate.seeds=[0", ["evaluate.seeds=[0", "brackets"]),
+        ("squeeze.precision=32", ["squeeze.precision=32", "bf16"]),
         ("regularizer.h=2", ["regularizer.h", "regularizer=none"]),
         ("recover.images_per_class=3", ["recover.images_per_class=3", "recover.ipc=10"]),
         ("squeeze.epochs=0", ["squeeze.epochs=0", "squeeze.weights"]),
@@ -189,6 +192,19 @@ def test_a_wrong_override_is_one_sentence_with_the_full_key(override: str, words
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["2026_01_05", "007", "1.10", "true", "lr=0.1", "ü (1), #2~", "a, b", "'a b'", '"it\'s"', "C:\\x("]
+)
+def test_text_is_taken_as_it_stands(text: str) -> None:
+    """Hydra alone reads the first as the number 20260105, and the sixth not at all."""
+    quoted = text[0] in "'\""
+    assert compose([f"name={text}"]).name == (text[1:-1] if quoted else text)
+
+
+def test_a_home_folder_is_found_behind_a_key_with_a_dot() -> None:
+    assert compose(["dataset.source=~/images"]).dataset.source == str(Path("~/images").expanduser())
 
 
 def test_an_arm_must_give_a_regularizer_its_own_options() -> None:
