@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.checks import Finding, inspect_image, name_some
-from data_prep.layout import Layout, scan
+from data_prep.layout import Layout, printable, scan
 from distill.config import DatasetConfig
 from distill.data.catalogue import FORMAT, VERSION
 from distill.data.imagenet import imagenet_classes
@@ -102,7 +102,7 @@ def _check_images(root: Path, layout: Layout, dataset: DatasetConfig) -> tuple[d
             np.array([found.shape for _, _, found in good], dtype=np.int64),
             np.array([found.plain for _, _, found in good]),
         )
-    return indices, sorted(faults)
+    return indices, sorted(map(printable, faults))
 
 
 def check_count(count: int, dataset: DatasetConfig, place: str) -> None:

@@ -37,6 +37,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def printable(name: str) -> str:
+    """A file name as UTF-8 can hold it."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def find_root(folder: Path) -> Path:
     """The folder that holds ``train/``: the given one, or the only one directly inside it that does.
 
@@ -67,6 +72,9 @@ def scan(root: Path) -> Layout:
     if not found["train"]:
         raise DataError(f"{root / 'train'} holds no class folders.")
     order = sorted(found["train"])
+    for name in order:
+        if name != printable(name):
+            raise DataError(f"{root / 'train'} has the class folder {name!r}, whose name is no UTF-8; rename it.")
     for split, classes in found.items():
         _check_classes(root / folders[split], order, classes)
     label = {name: position for position, name in enumerate(order)}
@@ -81,8 +89,16 @@ def listing_signature(root: Path) -> str:
     hasher = hashlib.sha256()
     for split in ("train", *TEST_FOLDERS):
         for path in sorted(images_below(root, root / split)):
-            hasher.update(f"{path}\t{(root / path).stat().st_size}\n".encode(errors="surrogateescape"))
+            hasher.update(f"{path}\t{_size(root / path)}\n".encode(errors="surrogateescape"))
     return hasher.hexdigest()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; a link that leads nowhere is told later, with the images that cannot be read."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _split(root: Path, name: str) -> dict[str, list[str]]:

@@ -27,8 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped by a signal and to be continued,
         76 given up because another process of the run had ended.
     """
-    parsed = build_parser().parse_args(arguments)
-    return told(lambda: _dispatch(parsed), debug=parsed.debug, last=arguments is None).code
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = build_parser().parse_args(given)
+
+    def work() -> int:
+        _check_encoding(given)
+        return _dispatch(parsed)
+
+    return told(work, debug=parsed.debug, last=arguments is None).code
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Paths stand in files and tables, which are UTF-8."""
+    for text in arguments:
+        if text.encode(errors="replace") != text.encode(errors="surrogateescape"):
+            raise ConfigError(f"{text!r} is no UTF-8; rename the folder, or go there by a link with another name.")
 
 
 def _dispatch(parsed: argparse.Namespace) -> int:

@@ -133,6 +133,11 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert [key for key, _, _ in options() if f"  {key} (" not in shown] == []
 
 
+def test_a_path_that_is_no_utf8_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "dataset.source=/data/\udcff"]) == 2
+    assert "is no UTF-8" in capsys.readouterr().err
+
+
 def test_config_prints_what_is_resolved(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "experiment=demo", "arm=guard", "squeeze.epochs=3"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)

@@ -58,6 +58,8 @@ def _copy(root: Path, images: Path) -> None:
     names += [str(path.relative_to(root)) for path in root.glob(f"*/{ANNOTATIONS}")]
     with Progress(len(names), "copy", "file") as progress:
         for name in names:
+            if not (root / name).exists():
+                raise DataError(f"{root / name} is a link that leads nowhere; repair or remove it.")
             with open(root / name, "rb") as file:
                 copy_stream(file, images / name)
             progress.update()

@@ -220,6 +220,10 @@ def test_wrong_counts_and_names_are_told(own, tree, configure, tmp_path):
         (lambda t: [f.unlink() for f in (t / "train" / "cat").iterdir()], r"train has no image of class cat"),
         (lambda t: shutil.rmtree(t / "train"), r"holds no folder train"),
         (lambda t: [shutil.rmtree(c) for c in (t / "train").iterdir()], r"train holds no class folders"),
+        (
+            lambda t: (t / "train" / "bee").rename(os.fsdecode(bytes(t / "train") + b"/\xff")),
+            r"udcff', whose name is no",
+        ),
     ],
 )
 def test_splits_must_have_the_same_classes(own, tree, change, message):
@@ -229,11 +233,13 @@ def test_splits_must_have_the_same_classes(own, tree, change, message):
 
 
 def damage(tree: Path) -> list[Path]:
-    """Seven files that are no whole images."""
+    """Seven files that are no whole images, the last one a link that leads nowhere."""
     victims = [*sorted((tree / "train" / "ant").iterdir())[:5], *sorted((tree / "test" / "bee").iterdir())[:2]]
-    for number, victim in enumerate(victims):
+    for number, victim in enumerate(victims[:6]):
         content = victim.read_bytes()
         victim.write_bytes([content[:-30], b"", b"no image", content[:40]][number % 4])
+    victims[6].unlink()
+    victims[6].symlink_to(tree / "nowhere")
     return victims
 
 
@@ -243,14 +249,17 @@ def test_unreadable_images_stop_the_import_by_name(own, tree):
         prepare(own(tree))
     assert [str(victim) in str(caught.value) for victim in victims] == [True] * 5 + [False] * 2
     assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=f"{victims[6]} is a link that leads nowhere"):
+        prepare(own(tree, "dataset.copy=true", "dataset.name=copy"))
 
 
 def test_unreadable_images_are_left_out_and_counted_on_request(own, tree):
     victims = damage(tree)
+    victims[0] = victims[0].rename(os.fsdecode(bytes(victims[0].parent) + b"/\xff.png"))
     prepared = prepare(own(tree, "dataset.on_corrupt=skip"))
     assert prepared.manifest["corrupt"] == {
         "count": 7,
-        "files": sorted(str(victim.relative_to(tree)) for victim in victims),
+        "files": sorted(ascii(str(victim.relative_to(tree)))[1:-1].replace("udc", "x") for victim in victims),
     }
     assert prepared.manifest["splits"]["train"]["per_class"] == [1, 6, 6]
     assert not set(prepared.samples("train").paths) & set(victims)
