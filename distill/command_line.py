@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from typing import Any
 
 from distill import __version__
 from distill.compose import group_choices, options
@@ -119,15 +120,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _lines(text: str) -> int:
-    if not int(text) > 0:
-        raise ValueError
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines.")
     return int(text)
 
 
 def _seconds(text: str) -> float:
-    if not float(text) > 0:
-        raise ValueError
-    return float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; RUN stands before --watch.")
+    return seconds
 
 
 def _spectrum_options(command: argparse.ArgumentParser) -> None:
@@ -152,6 +157,18 @@ def _spectrum_options(command: argparse.ArgumentParser) -> None:
 
 class _Command(argparse.ArgumentParser):
     """A command whose help ends with its options; they are listed only when the help is shown."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options may stand between the others, where argparse takes the others from one place alone."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        if not any(text.startswith("-") for text in rest):
+            for name in ("overrides", "runs"):
+                if hasattr(parsed, name):
+                    getattr(parsed, name).extend(rest)
+                    rest = []
+            if len(rest) == 1 and getattr(parsed, "stage", "") is None:
+                parsed.stage = rest.pop()
+        return parsed, rest
 
     def format_help(self) -> str:
         command = self.prog.split()[-1]

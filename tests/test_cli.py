@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from distill.cli import main
+from distill.command_line import build_parser
 from distill.data import DistilledSet
 from distill.report.history import read_lines
 from tests.running import SMALL, command, guard
@@ -131,6 +132,24 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert stop.value.code == 0
         shown += capsys.readouterr().out
     assert [key for key, _, _ in options() if f"  {key} (" not in shown] == []
+
+
+def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "seed=1", "--debug", "seed=2", "threads=3"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seed"], printed["threads"]) == (2, 3)
+    parsed = build_parser().parse_args(["report", "runs/a", "--format", "csv", "runs/b"])
+    assert parsed.runs == ["runs/a", "runs/b"]
+    assert build_parser().parse_args(["logs", "runs/a", "--lines", "5", "squeeze"]).stage == "squeeze"
+    for given, told in (
+        (["config", "seed=1", "--nothing", "x"], "unrecognized arguments: --nothing x"),
+        (["logs", "runs/a", "squeeze", "recover"], "unrecognized arguments: recover"),
+        (["status", "--watch", "runs/a"], "'runs/a' is no number of seconds; RUN stands before --watch."),
+        (["logs", "runs/a", "--lines", "0"], "'0' is no number of lines."),
+    ):
+        with pytest.raises(SystemExit):
+            main(given)
+        assert told in capsys.readouterr().err
 
 
 def test_a_path_that_is_no_utf8_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,8 @@ def export(
     if images not in FORMATS[form].images:
         raise ConfigError(f"--images {images} does not go with --format {form}; choose {_either(form)}.")
     if quality is not None and images != "jpeg":
-        raise ConfigError(f"--quality is for JPEG, and --format {form} stores {images} here; add --images jpeg.")
+        way_out = "add --images jpeg" if "jpeg" in FORMATS[form].images else "leave it out"
+        raise ConfigError(f"--quality is for JPEG, and --format {form} stores {images} here; {way_out}.")
     if quality is not None and not 1 <= quality <= 100:
         raise ConfigError(f"--quality {quality} must be from 1 to 100.")
     jpeg_quality = quality or QUALITY

@@ -209,7 +209,7 @@ def test_the_command_exports_into_the_run(run: Path, capsys: pytest.CaptureFixtu
     ("form", "options", "words"),
     [
         ("folder", {"images": "raw"}, "--images raw does not go with --format folder; choose jpeg or png."),
-        ("pt", {"quality": 90}, "--quality is for JPEG, and --format pt stores float32"),
+        ("pt", {"quality": 90}, "--quality is for JPEG, and --format pt stores float32 here; leave it out."),
         ("parquet", {"quality": 90}, "--quality is for JPEG, and --format parquet stores png here; add --images jpeg."),
         ("folder", {"quality": 0}, "--quality 0 must be from 1 to 100."),
     ],
