@@ -69,6 +69,8 @@ def planned_outcomes(config: Config, attacked: int = 1) -> list[Outcome]:
     if taken := next((attack.name for attack in attacks if attack.name.startswith(sanity.PREFIX)), None):
         raise ConfigError(f"attacks.suite.{taken} must not begin with {sanity.PREFIX}, which names our own checks.")
     for attack in attacks:
+        if "/" in attack.name:
+            raise ConfigError(f"attacks.suite.{attack.name} must not hold a /: files of outcomes have its name.")
         check_classes(attack, config.dataset.num_classes)
     blocks = range(-(-attacked // options.block))
     outcomes = []

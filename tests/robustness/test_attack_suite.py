@@ -146,6 +146,12 @@ def test_what_fits_no_model_of_the_data_set_is_told_before_any_work(given: list[
         preflight(compose(["experiment=demo", *given]), "run")
 
 
+def test_an_attack_whose_name_is_a_path_is_told_before_any_work() -> None:
+    """Its outcome would lie in a folder where no worker looks for it, and all would wait for it."""
+    with pytest.raises(ConfigError, match=r"attacks\.suite\.pgd/3 must not hold a /"):
+        preflight(compose(["+attacks.suite={pgd/3: {attack: PGD, steps: 3}}"]), "run")
+
+
 def test_without_torchattacks_the_install_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
