@@ -60,6 +60,8 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
         config = OmegaConf.to_object(node)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_one_sentence(error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"A YAML file of --config-dir {extra_folder} is no UTF-8: {error}.") from error
     assert isinstance(config, Config)
     check(config)
     # No method of ours has made images that are ready, nor those that are never optimised.
@@ -162,6 +164,8 @@ def _one_sentence(error: Exception) -> str:
         error = inner
     if key and "is not in struct" in str(error):
         return f"{key} does not exist; write +{key}=… to add it."
+    if key and "is not a ListConfig" in str(error):
+        return f"{key} is a list and stands in brackets: {key}=[…]."
     cause = re.sub(r"\s+", " ", str(error).split("\n")[0]).rstrip(".")
     place = file.group() if file and not cause.startswith(file.group()) else ""
     named = f"{key}: " if key and str(key) not in cause else ""

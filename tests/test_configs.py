@@ -176,6 +176,7 @@ def test_every_option_is_documented() -> None:
         ("squeeze.epochs", ["key=value"]),
         ("evaluate.seeds=0,1", ["'evaluate.seeds=[0,1]'"]),
         ("evaluate.seeds=[0", ["evaluate.seeds=[0", "brackets"]),
+        ("evaluate.seeds=3", ["evaluate.seeds=[…]"]),
         ("squeeze.precision=32", ["squeeze.precision=32", "bf16"]),
         ("regularizer.h=2", ["regularizer.h", "regularizer=none"]),
         ("recover.images_per_class=3", ["recover.images_per_class=3", "recover.ipc=10"]),
@@ -299,11 +300,16 @@ def test_a_folder_of_ones_own(tmp_path: Path, folder: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("squeeze: {lrr: 3}\n", "squeeze.lrr"), ("squeeze: {lr: [3\n", "own.yaml"), ("squeeze: 3\n", "experiment/own")],
+    [
+        ("squeeze: {lrr: 3}\n", "squeeze.lrr"),
+        ("squeeze: {lr: [3\n", "own.yaml"),
+        ("squeeze: 3\n", "experiment/own"),
+        ("name: \udcff\n", "is no UTF-8"),
+    ],
 )
 def test_a_wrong_file_of_ones_own_is_one_sentence(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\n" + text)
+    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\n" + text, errors="surrogateescape")
     with pytest.raises(ConfigError) as caught:
         compose(["experiment=own"], tmp_path)
     assert word in str(caught.value)
