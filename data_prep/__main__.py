@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{chosen.folder}: {verify(chosen.folder)} images are as they were prepared.")
         else:
             print(prepare(compose(chosen.overrides)).describe())
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        say("data_prep: interrupted; run the same command again.")
+        return 1
+    except Exception as error:
         if chosen.debug:
             raise
         say(f"data_prep: {sentence(error)}")

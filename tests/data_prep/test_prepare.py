@@ -5,6 +5,7 @@ import shutil
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -322,6 +323,12 @@ def test_a_folder_of_someone_else_is_left_alone(own, tree, tmp_path):
     with pytest.raises(DataError, match="was not made by guard prepare"):
         prepare(own(tree))
     assert os.listdir(tmp_path / "data" / "own") == ["thesis.txt"]
+
+
+def test_an_interrupted_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_prep.__main__.verify", mock.Mock(side_effect=KeyboardInterrupt))
+    assert main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "data_prep: interrupted; run the same command again.\n"
 
 
 def test_the_command_line(own, tree, tmp_path, capsys):
