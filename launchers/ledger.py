@@ -113,7 +113,9 @@ def launches(run: Path) -> list[Path]:
 
 
 def latest_launch(run: Path) -> Launch | None:
-    """The latest launch of a run, or of the experiment that it is an arm of."""
+    """The latest launch of a run, or of the experiment that it is an arm of. Raises ArtifactError for a file."""
+    if run.is_file():
+        raise ArtifactError(f"{run} is a file and no run folder.")
     for place in (run, run.parent):
         if found := launches(place):
             launch = read_launch(found[-1])

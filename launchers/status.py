@@ -102,6 +102,8 @@ def _stop_driver(launch: Launch) -> str:
 
 def _launched(run: Path) -> Launch:
     launch = latest_launch(run)
+    if launch is None and not run.is_dir():
+        raise ArtifactError(f"The run folder {run} does not exist.")
     if launch is None:
         raise ArtifactError(f"{run} was not launched: it holds no launch folder.")
     return launch

@@ -118,8 +118,15 @@ def test_report_formats(experiment: tuple[Path, list[str]], capsys: pytest.Captu
     for form, mark in (("terminal", "pgd20@16"), ("markdown", "|"), ("csv", ",")):
         assert main(["report", runs, "--format", form]) == 0
         assert mark in capsys.readouterr().out
-    assert main(["report", str(experiment[0] / "nowhere")]) == 1
-    assert "nowhere" in capsys.readouterr().err
+
+
+def test_what_is_no_run_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("report", "status", "verify", "spectrum", "logs", "cancel"):
+        assert main([name, str(tmp_path / "nowhere")]) == 1
+        assert f"The run folder {tmp_path / 'nowhere'} does not exist." in capsys.readouterr().err
+    for name in ("status", "logs", "cancel"):
+        assert main([name, __file__]) == 1
+        assert "is a file and no run folder" in capsys.readouterr().err
 
 
 def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:

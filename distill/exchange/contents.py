@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from distill.data.distilled_set import DistilledSet
 from distill.errors import ArtifactError
@@ -42,12 +44,11 @@ class Contents:
             if not path.is_file() or file_digest(path) != entry["sha256"]:
                 state = "has changed since it was written" if path.is_file() else "is missing"
                 raise ArtifactError(f"{path} {state}; remove {folder} and run guard recover again.")
-        config = run / "config.yaml"
         entries = read_json(run / "provenance.json").get("distilled", []) if (run / "provenance.json").is_file() else []
         return cls(
             DistilledSet.open(run),
             manifest,
-            dict(OmegaConf.to_container(OmegaConf.load(config))) if config.is_file() else {},  # type: ignore[arg-type]
+            _options(run / "config.yaml"),
             entries[-1] if entries else {},
         )
 
@@ -57,3 +58,11 @@ class Contents:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+
+def _options(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        return dict(content)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged; the command that made the run writes it again.") from error

@@ -102,13 +102,11 @@ def _is_run(folder: Path) -> bool:
 
 def _missing(folder: Path) -> list[str]:
     """The first folder that is not complete, and the results that wait for it."""
-    from omegaconf import OmegaConf
+    # The module of rows reads runs.
+    from distill.report.groups import read_options
 
-    file = folder / "config.yaml"
-    config = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
-    unstored = (
-        OmegaConf.select(config, "relabel.mode") == "online" or OmegaConf.select(config, "evaluate.labels") == "hard"
-    )
+    options = read_options(folder)
+    unstored = options.get("relabel.mode") == "online" or options.get("evaluate.labels") == "hard"
     stages = [stage for stage in NEEDED_FOLDERS if not (unstored and stage == "labels")]
     first = next((stage for stage in stages if not (folder / stage / "manifest.json").is_file()), None)
     return [f"complete {first}/", RESULTS] if first else [RESULTS]

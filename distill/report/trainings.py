@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from distill.report.groups import read_options
 from distill.report.history import metrics_files, parsed
 from distill.sharing.status import duration
 
@@ -21,17 +20,21 @@ TAIL = 65536
 
 
 def describe_trainings(run: Path) -> dict[str, str]:
-    """Artifact → where its training is, for those of which numbers were recorded."""
-    if not (run / "config.yaml").is_file():
-        return {}
-    config = OmegaConf.load(run / "config.yaml")
+    """Artifact → where its training is, for those of which numbers were recorded.
+
+    Raises:
+        ArtifactError: ``config.yaml`` is damaged.
+    """
+    options = read_options(run)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in _latest(run):
         if line.get("stage") in EPOCHS and isinstance(line.get("epoch"), int | float):
             found.setdefault(line["stage"], {}).setdefault(str(line.get("series", "")), []).append(line)
     texts = {}
     for stage, several in found.items():
-        total = OmegaConf.select(config, EPOCHS[stage])
+        total = options.get(EPOCHS[stage])
+        if not isinstance(total, int):
+            continue
         parts = [
             f"{series + ': ' if series else ''}{_where(lines, total)}" for series, lines in sorted(several.items())
         ]

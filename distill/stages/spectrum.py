@@ -18,7 +18,7 @@ from distill.config import Config, NetworkConfig, result_options
 from distill.data.batch import Batch
 from distill.data.catalogue import PreparedSet
 from distill.data.loaders import samples, test_loader
-from distill.errors import ArtifactError, ConfigError
+from distill.errors import ArtifactError, ConfigError, DataError
 from distill.files import listed, locked, write_json
 from distill.limits import check
 from distill.models import Normalize, load_teacher
@@ -99,7 +99,10 @@ def measure(run: Path, options: SpectrumOptions, *, device: str = "auto", data_r
         raise ConfigError(f"--top {options.top} must be at most {values}, the values of an image of {run}.")
     students = read_manifest(run / "student", "student")
     config.student = NetworkConfig(**students["network"])
-    prepared = PreparedSet.open((data_root or Path(config.data_root)) / config.dataset.name)
+    data = (data_root or Path(config.data_root)) / config.dataset.name
+    if not data.is_dir():
+        raise DataError(f"{data} holds no prepared data set, which {run} needs; --data-root says where it lies now.")
+    prepared = PreparedSet.open(data)
     artifact = _artifact(run, config, options, prepared)
     if artifact.complete:
         return
@@ -130,7 +133,7 @@ def read_config(run: Path) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
         assert isinstance(config, Config)
         check(config)
-    except (OmegaConfBaseException, YAMLError, ConfigError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ConfigError) as error:
         cause = " ".join(str(error).split("\n")[0].split()).rstrip(".")
         raise ArtifactError(
             f"{path} is no configuration of this version ({cause}); the command that made the run writes it again."

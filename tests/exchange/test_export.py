@@ -224,6 +224,10 @@ def test_what_is_not_whole_is_not_exported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere does not exist"):
         write(tmp_path / "nowhere", "folder", tmp_path / "x")
     shutil.copytree(run / "distilled", tmp_path / "run/distilled")
+    (tmp_path / "run/config.yaml").write_text("seed: [")
+    with pytest.raises(ArtifactError, match=r"config\.yaml is damaged"):
+        write(tmp_path / "run", "folder", tmp_path / "x")
+    (tmp_path / "run/config.yaml").unlink()
     shard = tmp_path / "run/distilled/unit_00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -6,6 +6,9 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
+from distill.errors import ArtifactError
 from distill.report.trainings import describe_trainings
 
 
@@ -33,6 +36,15 @@ def test_epochs_speed_and_time_left(tmp_path: Path) -> None:
     write(tmp_path, "metrics.jsonl", [line(step, 60 * (20 - step / 100)) for step in range(20, 2001, 20)])
     told = describe_trainings(tmp_path)
     assert told == {"teacher": "epoch 20.0 of 50, 512 images/s, about 30 min to go, told 0 s ago"}
+
+
+def test_without_its_options_nothing_is_told_of_a_run(tmp_path: Path) -> None:
+    write(tmp_path, "metrics.jsonl", [line(step, 60) for step in range(20, 100, 20)])
+    (tmp_path / "config.yaml").write_text("")
+    assert describe_trainings(tmp_path) == {}
+    (tmp_path / "config.yaml").write_text("squeeze: [")
+    with pytest.raises(ArtifactError, match=r"config\.yaml is damaged"):
+        describe_trainings(tmp_path)
 
 
 def test_a_pause_between_two_starts_is_not_counted(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_other_options_and_inputs_are_refused(copied: Path, capsys: pytest.Captu
 
 
 def test_what_is_missing_or_damaged_is_told(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds no prepared data set" in said(capsys, str(copied), *ASKED, "--data-root", str(tmp_path))
+    assert "--data-root says where it lies now" in said(capsys, str(copied), *ASKED, "--data-root", str(tmp_path))
     assert main(["spectrum", str(copied), *ASKED]) == 0
     capsys.readouterr()
     file = copied / "spectrum/seed0.safetensors"
@@ -198,6 +198,8 @@ def test_what_is_missing_or_damaged_is_told(copied: Path, tmp_path: Path, capsys
     config = copied / "config.yaml"
     config.write_text(config.read_text() + "unheard_of: 1\n")
     assert "config.yaml is no configuration of this version (Key 'unheard_of'" in said(capsys, str(copied))
+    config.write_bytes(b"\xff")
+    assert "config.yaml is no configuration of this version ('utf-8' codec" in said(capsys, str(copied))
     config.unlink()
     (copied / "results.json").write_text("{}")
     assert "has no config.yaml" in said(capsys, str(copied))
