@@ -57,8 +57,9 @@ class Recipe:
             old, new = other.get(part, {}), mine[part]
             for key in sorted({*old, *new}):
                 if key not in old or key not in new or old[key] != new[key]:
-                    change = f" (was {old.get(key)!r}, now {new.get(key)!r})" if part == "options" else ""
-                    texts.append(name.format(key) + change)
+                    was = f"was {old[key]!r}" if key in old else "did not count"
+                    now = f"now {new[key]!r}" if key in new else "does not count now"
+                    texts.append(name.format(key) + (f" ({was}, {now})" if part == "options" else ""))
         return texts
 
 

@@ -14,6 +14,7 @@ from distill.compose import compose, config_folder, group_choices, options
 from distill.config import Config, result_options
 from distill.errors import ConfigError
 from distill.graph import STAGES
+from distill.run_folder import Recipe
 
 EXPERIMENTS = sorted(group_choices()["experiment"])
 CHOICES = [f"{group}={choice}" for group, files in group_choices().items() for choice in files if group != "experiment"]
@@ -281,6 +282,12 @@ def test_a_student_without_stored_labels_has_no_batches_of_a_relabelling() -> No
         kept = set(result_options(config, *stage.options(config)))
         assert ({"relabel.mix", "relabel.epochs"} <= kept) == views
         assert "relabel.batch_size" not in kept
+
+
+def test_an_option_that_did_not_count_was_not_none() -> None:
+    """Without stored labels the options of views count for a student, with them they do not."""
+    told = Recipe({"a": 1, "b": None}).differences({"options": {"a": 2, "c": 3}})
+    assert told == ["a (was 2, now 1)", "b (did not count, now None)", "c (was 3, does not count now)"]
 
 
 @pytest.mark.parametrize("folder", ["mine", "with a space"])
