@@ -86,11 +86,11 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         return 0
     from data_prep import prepare
     from distill import pipeline
+    from distill.controls import check_place, share_teachers
 
+    for each in configs:
+        check_place(each)
     if configs[0].controls:
-        from distill.controls import check_place, share_teachers
-
-        check_place(configs[0])
         for told in share_teachers(configs):
             if parsed.command in ("run", "squeeze", "launch") and speaks():
                 say(f"guard: {told}")

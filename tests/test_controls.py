@@ -215,8 +215,12 @@ def test_a_run_does_not_become_a_folder_of_runs(tmp_path: Path, capsys: pytest.C
     told = capsys.readouterr().err
     assert "alone is a run of its own" in told
     assert not (tmp_path / "runs/alone/main").exists()
+    assert run(tmp_path, name="alone/teacher") == 2
+    assert "alone is a run, inside which reports see no other" in capsys.readouterr().err
     reuse = [f"squeeze.reuse={tmp_path / 'runs/alone'}", "controls=random", "arm=main", "squeeze.epochs=1"]
     assert run(tmp_path, *reuse, name="beside", command="squeeze") == 0
+    assert run(tmp_path, name="beside") == 2
+    assert "beside holds the run" in capsys.readouterr().err
 
 
 def test_photographs_are_cut_to_their_central_square(tmp_path: Path) -> None:
