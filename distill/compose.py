@@ -164,6 +164,8 @@ def _one_sentence(error: Exception) -> str:
         error = inner
     if key and "is not in struct" in str(error):
         return f"{key} does not exist; write +{key}=… to add it."
+    if file and "Key 'experiment' not in 'Config'" in str(error):
+        return f"{file.group()}an experiment begins with the line # @package _global_, and this file does not."
     if key and "is not a ListConfig" in str(error):
         return f"{key} is a list and stands in brackets: {key}=[…]."
     cause = re.sub(r"\s+", " ", str(error).split("\n")[0]).rstrip(".")

@@ -114,6 +114,7 @@ def _check_together(config: Config) -> None:
     if c.recover.curriculum != "none" and not c.recover.crop:
         raise ConfigError(f"recover.curriculum={c.recover.curriculum} needs recover.crop=true.")
     _check_recover(c)
+    _check_arms(c)
     _check_controls(c)
     if c.squeeze.batch_size % c.squeeze.accumulation:
         raise ConfigError(
@@ -158,14 +159,25 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"evaluate.seeds={c.evaluate.seeds} must hold at least one seed, each once.")
 
 
+def _check_arms(c: Config) -> None:
+    for name, overrides in c.arms.items():
+        if name in ("", ".", "..") or "/" in name:
+            raise ConfigError(f"arms: {name!r} must name a folder in that of the experiment.")
+        _check_overrides(f"arms.{name}", overrides)
+
+
+def _check_overrides(key: str, overrides: Any) -> None:
+    if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
+        raise ConfigError(f"{key}={overrides} must be a list of key=value.")
+
+
 def _check_controls(c: Config) -> None:
     for name, overrides in c.controls.items():
         if not name.startswith("control_") or "/" in name:
             raise ConfigError(f"controls.{name} must be called control_…, so that no arm or stage has its name.")
         if name in c.arms:
             raise ConfigError(f"controls.{name} has the name of an arm of the experiment; rename one of them.")
-        if not isinstance(overrides, list) or not all(isinstance(text, str) and "=" in text for text in overrides):
-            raise ConfigError(f"controls.{name}={overrides} must be a list of key=value.")
+        _check_overrides(f"controls.{name}", overrides)
 
 
 def _check_recover(c: Config) -> None:

@@ -312,11 +312,18 @@ def test_a_folder_of_ones_own(tmp_path: Path, folder: str) -> None:
         ("squeeze: {lr: [3\n", "own.yaml"),
         ("squeeze: 3\n", "experiment/own"),
         ("name: \udcff\n", "is no UTF-8"),
+        ("# @package experiment\nname: own\n", "begins with the line # @package _global_"),
+        ("arms: {a: [], b: squeeze.lr=3}\n", "arms.b=squeeze.lr=3 must be a list of key=value"),
+        ("arms: {a: null}\n", "arms.a=None must be a list of key=value"),
+        ("arms: {a: [1]}\n", "arms.a=[1] must be a list of key=value"),
+        ("arms: {..: []}\n", "arms: '..' must name a folder"),
     ],
 )
 def test_a_wrong_file_of_ones_own_is_one_sentence(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\n" + text, errors="surrogateescape")
+    (tmp_path / "experiment" / "own.yaml").write_text(
+        text if text.startswith("#") else f"# @package _global_\n{text}", errors="surrogateescape"
+    )
     with pytest.raises(ConfigError) as caught:
         compose(["experiment=own"], tmp_path)
     assert word in str(caught.value)
