@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, backends, nn
 from torch.autograd import Variable
 
 SMALLEST_NORM = 1e-12
+SWITCHES: tuple[Any, ...] = operator.attrgetter(
+    *("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+)(backends)
+"""What has a ``fp32_precision``: IEEE float32 where that is ``ieee`` or ``none``."""
 
 
 @contextlib.contextmanager
@@ -28,29 +34,30 @@ def inference_mode_layers(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ieee_float32(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside the block. bf16 and TF32 lose g(x + hz) − g(x) by cancellation."""
-    saved = _tf32()
-    _switch_tf32((False, False))
+    """No autocast, no TF32 and, on CPUs, no bf16 for float32 inside the block: they lose g(x + hz) − g(x) by
+    cancellation."""
+    saved = _Precision.now()
+    _switch_off()
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        _switch_tf32(saved)
+        saved.restore()
 
 
 def ieee_backward(result: Tensor) -> Tensor:
-    """Make the backward pass from ``result`` run without TF32, which has its own switch there.
+    """Make the backward pass from ``result`` run in IEEE float32 too: it reads the switches when it runs.
 
-    The switch is put back when the whole backward pass has ended.
+    They are put back when the whole backward pass has ended.
     """
     if result.requires_grad:
 
         def hook(gradient: Tensor) -> Tensor:
-            saved = _tf32()
+            saved = _Precision.now()
             # Several penalties in one backward pass: the first that is met turns TF32 off, and it alone turns it on.
-            if saved != (False, False):
-                _switch_tf32((False, False))
-                Variable._execution_engine.queue_callback(functools.partial(_switch_tf32, saved))
+            if not saved.ieee:
+                _switch_off()
+                Variable._execution_engine.queue_callback(saved.restore)
             return gradient
 
         result.register_hook(hook)
@@ -63,9 +70,48 @@ def unit_direction(gradient: Tensor) -> Tensor:
     return (gradient / norm.view(-1, *[1] * (gradient.dim() - 1))).detach()
 
 
-def _tf32() -> tuple[bool, bool]:
-    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+@dataclass(frozen=True)
+class _Precision:
+    """How torch computes in float32, by its switches and by their older names.
+
+    Attributes:
+        switches: ``fp32_precision`` of each of ``SWITCHES``.
+        matmul, cudnn: by the older names; None where torch refuses to tell, because only the new ones were set.
+    """
+
+    switches: tuple[str, ...]
+    matmul: str | None
+    cudnn: bool | None
+
+    @classmethod
+    def now(cls) -> _Precision:
+        matmul = cudnn = None
+        with contextlib.suppress(RuntimeError):
+            matmul = torch.get_float32_matmul_precision()
+        with contextlib.suppress(RuntimeError):
+            cudnn = backends.cudnn.allow_tf32
+        return cls(tuple(switch.fp32_precision for switch in SWITCHES), matmul, cudnn)
+
+    @property
+    def ieee(self) -> bool:
+        return set(self.switches) <= {"ieee", "none"}
+
+    def restore(self) -> None:
+        # The older names set the switches too, but not each as it was.
+        if self.matmul is not None:
+            torch.set_float32_matmul_precision(self.matmul)
+        if self.cudnn is not None:
+            backends.cudnn.allow_tf32 = self.cudnn
+        for switch, precision in zip(SWITCHES, self.switches, strict=True):
+            # A switch that was not set follows ``torch.backends.fp32_precision``, and should go on to.
+            switch.fp32_precision = "none"
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
 
 
-def _switch_tf32(wanted: tuple[bool, bool]) -> None:
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = wanted
+def _switch_off() -> None:
+    # By the older names as well: torch refuses to answer for them where they contradict the switches.
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = False
+    for switch in SWITCHES:
+        switch.fp32_precision = "ieee"

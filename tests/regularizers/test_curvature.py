@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import backends, nn
 
 from distill.regularizers import curvature_penalty
 from distill.regularizers.input_gradient import cross_entropy
-from distill.regularizers.numerics import unit_direction
+from distill.regularizers.numerics import SWITCHES, unit_direction
 
 
 class SmoothNetwork(nn.Module):
@@ -174,3 +174,58 @@ def test_backward_runs_without_tf32(network, batch):
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (True, True)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = saved
+
+
+SET = {
+    "matmul": lambda: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
+    "convolutions": lambda: setattr(backends.cudnn.conv, "fp32_precision", "ieee"),
+    "all": lambda: setattr(backends, "fp32_precision", "tf32"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+
+def precisions():
+    """All that torch tells of its precision in float32, by new names and old ones; some it may refuse to tell."""
+    told = [switch.fp32_precision for switch in SWITCHES]
+    for ask in (
+        torch.get_float32_matmul_precision,
+        lambda: backends.cudnn.allow_tf32,
+        lambda: backends.cuda.matmul.allow_tf32,
+    ):
+        try:
+            told.append(ask())
+        except RuntimeError:
+            told.append("refused")
+    return told
+
+
+@pytest.fixture
+def precision():
+    saved = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32, precisions()
+    yield
+    backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision(saved[0])
+    backends.cudnn.allow_tf32 = saved[1]
+    for switch, before in zip(SWITCHES, saved[2], strict=False):
+        switch.fp32_precision = before
+    assert precisions() == saved[2]
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("how", SET)
+def test_runs_in_ieee_float32_however_torch_was_told_otherwise(network, batch, how):
+    """By its switches or by their older names, and it leaves both as they were."""
+    seen = []
+
+    def watching(logits, labels):
+        seen.extend(switch.fp32_precision for switch in SWITCHES)
+        return cross_entropy(logits, labels)
+
+    SET[how]()
+    before = precisions()
+    penalty = curvature_penalty(network, *batch, 1.5, watching).mean()
+    assert set(seen) == {"ieee"}
+    assert precisions() == before
+    penalty.backward()
+    assert precisions() == before
