@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import NonFiniteError
+from distill.regularizers.numerics import ieee_float32
 from distill.robustness.folding import folded
 from distill.robustness.threat import Threat
 
@@ -141,29 +142,31 @@ class Watched(nn.Module):
 
 @contextlib.contextmanager
 def lent(model: nn.Module, forward_batch: int = 32) -> Iterator[Watched]:
-    """The model in eval mode, its parameters fixed, cuDNN deterministic, no TF32; all is put back at the end.
+    """The model in eval mode, its parameters fixed, cuDNN deterministic, in IEEE float32; all is put back at the end.
 
     Batch norm is folded into the convolutions where that is safe, for clean images as for attacked ones, so that one
-    function answers on all. TF32 is off because it moves logits by 1e-3, enough to change outcomes near the boundary.
+    function answers on all. TF32 and autocast are off because they move logits by 1e-3 and more, enough to change
+    outcomes near the boundary.
     """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
     device = wanted[0][0].device if wanted else torch.device("cpu")
     # torchattacks keeps every object that was ever assigned to an attack's attribute in a list of its module, for ever:
     # were it not for the model taken out at the end, every student that was attacked would stay in memory.
     handle = Watched(model, device, forward_batch)
     try:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False, False
+        cudnn.deterministic, cudnn.benchmark = True, False
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
         handle.eval()
         handle.model = folded(model).eval()
-        yield handle
+        with ieee_float32(device.type):
+            yield handle
     finally:
         handle.model = None
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        cudnn.deterministic, cudnn.benchmark = before
         for module, mode in modes:
             module.training = mode
         for parameter, flag in wanted:

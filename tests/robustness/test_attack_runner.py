@@ -134,6 +134,27 @@ def test_nothing_is_left_behind(network: nn.Module, batch: Batch) -> None:
     network[0].weight.requires_grad_(True)
 
 
+def test_answers_are_in_ieee_float32_whatever_surrounds_the_attack(network: nn.Module, batch: Batch) -> None:
+    few, matmul = Batch(batch.images[:40], batch.labels[:40], batch.indices[:40]), torch.backends.cuda.matmul
+    shown = few.images / 255
+
+    def logits() -> Tensor:
+        with lent(network) as handle:
+            return answers(handle, shown, "digits")
+
+    plain = logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(), plain)
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        report = attack_accuracy(network, [few], {"pgd": PGD}, quiet=True)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert report.attacks[0].as_json() == attack_accuracy(network, [few], {"pgd": PGD}, quiet=True).attacks[0].as_json()
+
+
 class _Watching(nn.Module):
     """Keeps what it is shown while someone asks for gradients of the images."""
 
