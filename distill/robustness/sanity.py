@@ -19,8 +19,9 @@ from distill.robustness.attacks import PlannedAttack
 from distill.robustness.metrics import attack_label
 
 PREFIX = "sanity_"
-SLACK = 0.02
-"""Share of the images by which a comparison may fail without being called suspicious."""
+SLACK = 0.02 + 1e-9
+"""Share of the images by which a comparison may fail without being called suspicious, and what the difference of two
+shares may be rounded by."""
 QUERIES = 200
 FAR = {"Linf": 128.0, "L2": 32.0}
 """Radii at which every image can be made to look like another: half the pixel range, and a length beyond any margin."""

@@ -68,6 +68,19 @@ def test_a_larger_ball_that_helps_is_suspicious() -> None:
     assert judge([{"name": "cw", "epsilon": None, "accuracy": 0.3}], []) == {"flags": [], "checks": []}
 
 
+def test_two_points_are_not_suspicious() -> None:
+    def outcome(name: str, images: int, epsilon: float = 1.0) -> dict[str, Any]:
+        return {"name": name, "epsilon": epsilon, "accuracy": images / 100}
+
+    for images in range(99):
+        checked = [outcome("sanity_white", images + 2), outcome("sanity_noise", images)]
+        curve = [outcome("pgd", images), outcome("pgd", images + 2, 2.0)]
+        assert judge(curve, checked)["flags"] == []
+        if images:
+            worse = [outcome("sanity_white", images + 2), outcome("sanity_noise", images - 1)]
+            assert len(judge([curve[1], outcome("pgd", images - 1, 1.0)], worse)["flags"]) == 2
+
+
 def test_every_part_of_the_images_has_its_share() -> None:
     assert subset(1000, 4).tolist() == [0, 333, 666, 999]
     assert subset(3, 100).tolist() == [0, 1, 2]
