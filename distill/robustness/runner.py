@@ -108,7 +108,8 @@ def top_accuracy(
             # One part at a time: as floats, a whole test set would not fit.
             parts = [answers(network, part / 255, "clean images") for part in batch.images.split(forward_batch)]
             logits = torch.cat(parts)
-            best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+            # Of equal logits the first counts, as for argmax; topk leaves open which it takes.
+            best = logits.sort(dim=1, descending=True, stable=True).indices[:, :5] == batch.labels[:, None]
             correct.append((logits.argmax(1) == batch.labels).cpu())
             in_top5.append(best.any(1).cpu())
             indices.append(batch.indices.cpu())

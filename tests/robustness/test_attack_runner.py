@@ -134,6 +134,17 @@ def test_nothing_is_left_behind(network: nn.Module, batch: Batch) -> None:
     network[0].weight.requires_grad_(True)
 
 
+class _Undecided(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 10)
+
+
+def test_of_equal_answers_the_first_count(batch: Batch) -> None:
+    clean = top_accuracy(_Undecided(), [batch], quiet=True)
+    assert torch.equal(clean.correct, batch.labels == 0)
+    assert torch.equal(clean.in_top5, batch.labels < 5)
+
+
 def test_answers_are_in_ieee_float32_whatever_surrounds_the_attack(network: nn.Module, batch: Batch) -> None:
     few, matmul = Batch(batch.images[:40], batch.labels[:40], batch.indices[:40]), torch.backends.cuda.matmul
     shown = few.images / 255
