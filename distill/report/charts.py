@@ -71,23 +71,16 @@ def accuracy_plots(groups: Sequence[Group]) -> list[Plot]:
 
 
 def _accuracy_line(group: Group, number: int, kind: str, attack: tuple[str, str]) -> Line | None:
-    """Means over the runs of a group, each being the mean over its networks; the clean accuracy at radius 0."""
+    """Means over the runs of a group, each being the mean over its networks."""
     of_runs: list[dict[float, float]] = []
-    counts = set()
     for run in group.runs:
         networks = _of_kind(run.results, kind)
         own = [a for network in networks for a in network["attacks"] if a["epsilon"] is not None and _kind(a) == attack]
         if not own:
             continue
-        points = {0.0: mean([network["clean"]["top1"] for network in networks])}
-        for epsilon in sorted({float(a["epsilon"]) for a in own}):
-            points[epsilon] = mean([a["accuracy"] for a in own if a["epsilon"] == epsilon])
-        of_runs.append(points)
-        counts.add(len(networks))
-        singles = [
-            {0.0: n["clean"]["top1"]} | {float(a["epsilon"]): a["accuracy"] for a in n["attacks"] if a in own}
-            for n in networks
-        ]
+        of_runs.append(_points(own))
+        shares = [[a for a in network["attacks"] if a in own] for network in networks]
+        singles = [_points(share) for share in shares if share]
     if not of_runs:
         return None
     radii = sorted(set.intersection(*(set(points) for points in of_runs)))
@@ -98,6 +91,15 @@ def _accuracy_line(group: Group, number: int, kind: str, attack: tuple[str, str]
     y = [100 * mean(values[radius]) for radius in radii]
     sd = [100 * (sample_deviation(values[radius]) or 0.0) for radius in radii]
     return Line(radii, y, number, group.title, kind, sd)
+
+
+def _points(attacks: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """Radius → mean accuracy under an attack; at 0 it is clean, of the attacked images, which may be fewer than the
+    tested ones."""
+    points = {0.0: mean([attack["clean"] for attack in attacks])}
+    for epsilon in sorted({float(attack["epsilon"]) for attack in attacks}):
+        points[epsilon] = mean([attack["accuracy"] for attack in attacks if attack["epsilon"] == epsilon])
+    return points
 
 
 def training_plots(groups: Sequence[Group]) -> list[Plot]:

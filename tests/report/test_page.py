@@ -219,6 +219,16 @@ def test_the_other_norm_has_its_own_curve(make_run: RunMaker) -> None:
     assert accuracy_plots(group_runs(find_runs([single])[0])) == [], "one radius is no curve"
 
 
+def test_a_curve_is_of_the_attacked_images_from_its_beginning(make_run: RunMaker) -> None:
+    """At radius 0 too, where more images were tested than attacked."""
+    few = [student(seed, clean, 0.7, 0.1) for seed, clean in ((0, 0.8), (1, 0.9))]
+    for each in few:
+        each["clean"] |= {"top1": 0.6, "count": 5000}
+    (plot,) = accuracy_plots(group_runs(find_runs([make_run("one", CURVATURE, few, teacher=None)])[0]))
+    assert plot.lines[0].y == pytest.approx([85, 70, 10])
+    assert plot.lines[0].sd == pytest.approx([50**0.5, 0, 0])
+
+
 def test_a_deviation_below_nought_leaves_a_logarithmic_axis_alone() -> None:
     """Its ends follow the lines, and the shading ends at the lower one."""
     line = Line([0, 1, 2], [0.1, 1.0, 10.0], 0, "guard", sd=[0.2, 0.5, 5.0])
