@@ -106,7 +106,8 @@ class Watched(nn.Module):
         if lacking := -count % size:
             images = torch.cat([images, images[-1:].detach().expand(lacking, *images.shape[1:])])
         images = images.contiguous(memory_format=torch.channels_last)
-        logits = torch.cat([self.model(part) for part in images.split(size)])[:count]
+        # float32 whatever the model computes in: attacks keep what they find in tensors of that type.
+        logits = torch.cat([self.model(part) for part in images.split(size)])[:count].float()
         self.forward_passes += count
         if logits.requires_grad:
             logits.register_hook(self._count_backward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import random
@@ -132,6 +133,25 @@ def test_nothing_is_left_behind(network: nn.Module, batch: Batch) -> None:
     assert all(p.grad is None or not p.grad.isnan().any() for p in network.parameters())
     assert torch.equal(statistics, network[1].running_mean)
     network[0].weight.requires_grad_(True)
+
+
+class _Inside(nn.Module):
+    """A network that computes in a type of its own."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = copy.deepcopy(network).to(dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_may_compute_in_any_type(network: nn.Module, batch: Batch, dtype: torch.dtype) -> None:
+    few = Batch(batch.images[:20], batch.labels[:20], batch.indices[:20])
+    suite = {name.lower(): {"attack": name, "steps": 3} for name in ("APGD", "APGDT", "FAB")}
+    report = attack_accuracy(_Inside(network, dtype), [few], suite, epsilon=[24], quiet=True)
+    assert all(attack.accuracy < report.clean.as_json()["top1"] for attack in report.attacks)
 
 
 class _Undecided(nn.Module):
