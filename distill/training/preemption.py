@@ -98,7 +98,8 @@ class _State:
             elif told and not self.requested and not self.forking:
                 # Another thread has caught it, and the main thread sleeps on; or it was in the middle of a fork.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-            elapsed, stopping = time.monotonic() - began, told or self.requested
+            # No more than a look: what has stood still, as a job that Slurm suspends, has yet to hear what it was told.
+            elapsed, stopping = min(time.monotonic() - began, POLL), told or self.requested
             if training != self.deferred:
                 training, waited = self.deferred, 0.0
             waited = waited + elapsed if stopping else 0.0

@@ -296,9 +296,13 @@ def test_a_signal_for_the_agent_too_is_answered_first(seconds: int, said: str) -
     worker += "with preemption.preemptible(), preemption.deferred() as told:\n print(os.getpid(), flush=True)\n"
     worker += f" while not told(): time.sleep(0.1)\n time.sleep({seconds})\n print('saved', flush=True)"
     process, orphan = worker_of_an_agent(worker)
+    # It stands still, so that it finds the agent dead before it can hear the signal.
+    os.kill(orphan, signal.SIGSTOP)
     process.send_signal(signal.SIGUSR2)
-    os.kill(orphan, signal.SIGUSR2)
     process.wait()
+    time.sleep(0.6)
+    os.kill(orphan, signal.SIGUSR2)
+    os.kill(orphan, signal.SIGCONT)
     assert process.stdout is not None
     began = time.monotonic()
     assert process.stdout.read() == said
