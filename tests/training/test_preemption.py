@@ -24,6 +24,11 @@ from distill.training.preemption import AGENT, deferred, preemptible
 from tests.training.digits import finish, make
 
 ALONE = "import os, time\nfrom distill.training import preemption\n"
+HANGING = "import hashlib, sys, threading\nsys.setswitchinterval(1000)\n"
+HANG = " threading.Timer(0.3, os.kill, (os.getpid(), 10)).start()\n hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+"""The timer's thread comes to its turn only where the main thread lets others run: in the foreign code, and not before
+it on a machine that has kept it waiting.
+"""
 
 
 def send(number: int = signal.SIGUSR2) -> None:
@@ -169,9 +174,7 @@ def test_the_last_block_of_a_process_lets_no_second_signal_through() -> None:
 
 def test_a_process_that_hangs_in_foreign_code_ends_all_the_same() -> None:
     """As a rank that waits for others inside a collective: Python's handlers do not run there."""
-    script = ALONE + "import hashlib, threading\npreemption.GRACE = 1\n"
-    script += "with preemption.preemptible():\n threading.Timer(0.3, os.kill, (os.getpid(), 10)).start()\n"
-    script += " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    script = f"{ALONE}{HANGING}preemption.GRACE = 1\nwith preemption.preemptible():\n{HANG}"
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 75
@@ -181,10 +184,10 @@ def test_a_process_that_hangs_in_foreign_code_ends_all_the_same() -> None:
 
 def test_a_training_that_hangs_after_a_signal_ends_too() -> None:
     """Its other ranks may be on a machine that is gone; without a signal it waits for them."""
-    script = ALONE + "import hashlib, threading\npreemption.GRACE, preemption.PATIENCE = 60, 1\n"
-    script += "with preemption.preemptible(), preemption.deferred() as told:\n time.sleep(2)\n assert not told()\n"
-    script += " threading.Timer(0.3, os.kill, (os.getpid(), 10)).start()\n"
-    script += " hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    script = f"{ALONE}{HANGING}preemption.GRACE, preemption.PATIENCE = 60, 1\n"
+    script += (
+        f"with preemption.preemptible(), preemption.deferred() as told:\n time.sleep(2)\n assert not told()\n{HANG}"
+    )
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (75, f"guard: {Preempted()}\n")
