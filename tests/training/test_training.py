@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,16 +180,15 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next(tmp_path):
     assert stored["loader"] == {"epoch": 1, "position": 0}
 
 
-def test_epochs_are_kept_when_a_tenth_of_the_time_has_passed(tmp_path):
+def test_epochs_are_kept_when_a_tenth_of_the_time_has_passed(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("distill.training.checkpoint.time", SimpleNamespace(monotonic=lambda: now[0]))
     checkpoint = Checkpoint(tmp_path, ALONE, minutes=1 / 60)
     seen = []
-    while not checkpoint.due():
-        before = time.monotonic() - checkpoint.saved
-        seen.append((before, checkpoint.due(epoch_ends=True), time.monotonic() - checkpoint.saved))
-        time.sleep(0.01)
-    assert time.monotonic() - checkpoint.saved >= 1
-    assert {due for _, due, age in seen if age < 0.1} == {False}
-    assert {due for age, due, _ in seen if age > 0.1} == {True}
+    for passed in (0.0, 0.09, 0.11, 0.99, 1.01):
+        now[0] = 1000 + passed
+        seen.append((checkpoint.due(epoch_ends=True), checkpoint.due()))
+    assert seen == [(False, False), (False, False), (True, False), (True, False), (True, True)]
     other = Checkpoint(tmp_path, Processes(1, 2, torch.device("cpu")), minutes=0)
     assert not other.due(epoch_ends=True), "the clock of rank 0 decides"
 
