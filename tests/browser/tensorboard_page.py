@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.run_folder import STAGES, numbered
+from distill.run_folder import STAGES, TENSORBOARD, numbered
 from distill.training.worker_events import ALL, SHOWN_AS
 
 if TYPE_CHECKING:
@@ -71,19 +72,21 @@ def tensorboard(logdir: Path, seconds: float = 120) -> Iterator[str]:
     # The page shows the folder as it is given here: by its name, without the way to it.
     where = logdir.resolve()
     command = ["-m", "tensorboard.main", "--logdir", where.name, "--host", "127.0.0.1", "--port", "0"]
-    with _served(command, where.parent, seconds) as address:
+    with _served(command, where.parent, where, seconds) as address:
         yield address
 
 
 @contextlib.contextmanager
 def guard_tensorboard(run: Path, seconds: float = 120) -> Iterator[str]:
     """The same by ``guard tensorboard``."""
-    with _served(["-m", "distill", "tensorboard", str(run.resolve()), "--port", "0"], Path.cwd(), seconds) as address:
+    command = ["-m", "distill", "tensorboard", str(run.resolve()), "--port", "0"]
+    with _served(command, Path.cwd(), run / TENSORBOARD, seconds) as address:
         yield address
 
 
 @contextlib.contextmanager
-def _served(command: Sequence[str], folder: Path, seconds: float) -> Iterator[str]:
+def _served(command: Sequence[str], folder: Path, logdir: Path, seconds: float) -> Iterator[str]:
+    """Gives the address when all events have been read: the page asks for them once, when it is opened."""
     with (
         tempfile.TemporaryFile("w+") as log,
         _ended(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, cwd=folder)) as server,
@@ -97,7 +100,17 @@ def _served(command: Sequence[str], folder: Path, seconds: float) -> Iterator[st
             if server.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"TensorBoard did not start: {said}")
             time.sleep(0.2)
+        there = {str(path.parent.relative_to(logdir)) for path in logdir.rglob("*tfevents*")}
+        while missing := there - set(_asked(f"{address.group()}data/runs")):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"TensorBoard has not read {sorted(missing)}")
+            time.sleep(0.2)
         yield address.group()
+
+
+def _asked(address: str) -> Any:
+    with urllib.request.urlopen(address) as answer:
+        return json.load(answer)
 
 
 @contextlib.contextmanager
