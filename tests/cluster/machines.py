@@ -38,7 +38,7 @@ class Machine:
         os.close(self._commands)
         place = f"mount --bind {shlex.quote(str(hosts))} /etc/hosts && hostname {name}"
         self._say(f"{place} && touch {log}.up || exit 1")
-        until(lambda: Path(f"{log}.up").exists() or self._outer.poll() is not None, 20, f"machine {name}")
+        until(lambda: Path(f"{log}.up").exists() or self._outer.poll() is not None, 100, f"machine {name}")
         if self._outer.poll() is not None:
             raise RuntimeError(f"no namespaces for machine {name}: {log.read_text()}")
         self.init = children()[self._outer.pid][0]
@@ -66,7 +66,7 @@ class Machine:
         for each in gone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
-        until(lambda: not set(gone) & set(self.processes(name)), 10, f"the end of {name}")
+        until(lambda: not set(gone) & set(self.processes(name)), 100, f"the end of {name}")
 
     def end(self) -> None:
         """Take the machine away, as a power cut would. Nothing of it is left when this returns."""

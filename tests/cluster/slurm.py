@@ -135,7 +135,7 @@ class Slurm:
         """Start the daemon of a node again, and wait until Slurm counts on it."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S")
         self.machines[node].start("slurmd", "-D", "-N", node)
-        until(lambda: self._ready(node, now), 60, f"slurmd of {node}", every=0.2)
+        until(lambda: self._ready(node, now), 100, f"slurmd of {node}", every=0.2)
 
     def cut_power(self, node: str) -> None:
         """End a node with everything that runs there."""
@@ -154,7 +154,7 @@ class Slurm:
             elif not self.machines[node].processes("slurmd"):
                 self.start_slurmd(node)
         self.run("scancel", "--user=root")
-        until(lambda: not self.run("squeue", "--noheader").strip(), 60, "an empty queue", every=0.2)
+        until(lambda: not self.run("squeue", "--noheader").strip(), 100, "an empty queue", every=0.2)
 
     def report(self) -> str:
         """The queue and the nodes."""
@@ -184,9 +184,9 @@ class Slurm:
         files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munged.log", "pid-file": "munged.pid"}
         places = [f"--{option}={self.folder / name}" for option, name in {**files, "seed-file": "munge.seed"}.items()]
         head.start("munged", "--foreground", *places)
-        until((self.folder / "munge.socket").exists, 20, "munged")
+        until((self.folder / "munge.socket").exists, 100, "munged")
         head.start("slurmctld", "-D", "-i")
-        until(self._answers, 60, "slurmctld", every=0.2)
+        until(self._answers, 100, "slurmctld", every=0.2)
         for node in NODES:
             self.start_slurmd(node)
 

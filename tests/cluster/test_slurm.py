@@ -83,8 +83,8 @@ def test_nothing_stays(slurm: Slurm, number: signal.Signals) -> None:
     assert folder not in ("", str(slurm.folder))
     assert len(_of(folder)) > 6
     owner.send_signal(number)
-    owner.communicate(timeout=30)
-    until(lambda: not _of(folder), 10, "the end of all processes")
+    owner.communicate(timeout=100)
+    until(lambda: not _of(folder), 100, "the end of all processes")
     if number == signal.SIGKILL:
         shutil.rmtree(folder)
     assert not Path(folder).exists()
