@@ -106,9 +106,10 @@ class Process:
         return (found[0], found[1]) if len(found) == 2 else ("".join(found), "")
 
     def send_signal(self, number: int) -> None:
-        """Nothing where it has ended."""
+        """Nothing where it has ended, even where the server has not told that yet."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL."""
