@@ -174,11 +174,11 @@ def test_initial_weights_are_known_by_their_content(run: Path) -> None:
 def test_two_processes_do_not_train_in_one_run(run: Path) -> None:
     """What is shared by workers they may make at the same time."""
     kept = (run / "runs/run/teacher").rename(run / "teacher")
-    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX)"
-    holder += "; print('held', flush=True); time.sleep(99)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(run / "runs/run/.lock")], stdout=subprocess.PIPE, text=True
-    )
+    # As long as its input is open.
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    holder += "; print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", holder, str(run / "runs/run/.lock")]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         process.stdout.readline()
