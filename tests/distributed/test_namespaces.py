@@ -269,7 +269,7 @@ def test_ranks_end_when_the_other_machine_stays_silent(machines: Machines) -> No
             while rank.stdout.readline() not in ("there\n", ""):
                 pass
         machines.cut(1)
-        time.sleep(3)
+        time.sleep(2)
         machines.mend(1)
         time.sleep(5)
         assert [rank.poll() for rank in both] == [None, None], "a short cut is waited out"
