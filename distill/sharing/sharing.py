@@ -112,7 +112,7 @@ class Sharing:
                         progress.update(others * steps)
         finally:
             shutil.rmtree(self.private, ignore_errors=True)
-        sweep(self.run, self.artifact, self.worker)
+        sweep(self.run, self.artifact, self.worker, self.beside)
 
     def _open(self) -> None:
         """Make the folders of claims and of unfinished files, the list of units, and what this worker claims with."""

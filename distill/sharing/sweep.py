@@ -19,8 +19,12 @@ ROUNDS = 10
 """Workers that come too late leave folders of their own meanwhile."""
 
 
-def sweep(run: Path, artifact: Artifact, worker: Worker) -> None:
-    """Remove the claims, and what workers that died have left, unless another worker is doing so."""
+def sweep(run: Path, artifact: Artifact, worker: Worker, beside: Iterable[Path] = ()) -> None:
+    """Remove the claims, and what workers that died have left, unless another worker is doing so.
+
+    Args:
+        beside: the files that are made outside the artifact.
+    """
     for _ in range(ROUNDS):
         names = sorted(name for name in listed(artifact.folder) if name.startswith("."))
         owners = {name.removeprefix(GONE).rpartition("-")[0] for name in names if name.startswith(GONE)}
@@ -33,6 +37,9 @@ def sweep(run: Path, artifact: Artifact, worker: Worker) -> None:
         if not taken and CLAIMS not in names:
             break
     _sweep_records(run, artifact, worker)
+    for path in beside:
+        # Who was at it for so long that it was taken for dead finds it made.
+        remove(path.parent.glob(f".{path.name}.*.tmp"))
 
 
 def _take(names: Iterable[str], folder: Path, worker: Worker) -> bool:

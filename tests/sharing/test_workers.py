@@ -147,8 +147,10 @@ def test_what_a_dead_finisher_has_not_made_beside_the_manifest_is_made(tmp_path:
         crew.suspended(finisher)
         assert (tmp_path / KIND / "manifest.json").exists()
         kill(finisher)
+        assert len(list(tmp_path.glob(".results.*"))) == 1
         assert end(crew.start("beside=results")) == (0, "")
         assert (tmp_path / "results").read_text() == "made beside it"
+        assert not list(tmp_path.glob(".results.*")), "what the dead one was writing"
         crew.check()
 
 
