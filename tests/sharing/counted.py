@@ -2,6 +2,7 @@
 run: ``python -m tests.sharing.counted RUN UNITS …``. It begins when its standard input ends, and prints the counts.
 
 That is every open, link, rename, listing, mkdir, removal and utime, also those that fail; ``stat`` is not among them.
+Beside them it counts the pauses in which it waits for others, who may take long.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
+from types import SimpleNamespace
 
+from distill.sharing import sharing
 from tests.sharing import driver
 
 EVENTS = ("open", "os.link", "os.rename", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.utime")
@@ -25,6 +29,11 @@ def count(run: str) -> Counter[str]:
         if event in EVENTS and (str(arguments[0]).startswith(run) or event in ("os.remove", "os.rmdir")):
             found[event] += 1
 
+    def pause(seconds: float) -> None:
+        found["pause"] += 1
+        time.sleep(seconds)
+
+    sharing.time = SimpleNamespace(sleep=pause)  # type: ignore[assignment]
     sys.addaudithook(hook)
     return found
 
