@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from launchers.torchrun import children
 from tests.warm import Process, Server
 
 SMALL = [
@@ -89,6 +91,76 @@ def start(
     return _server(os.getpid()).start(arguments[2:], surroundings, stdout, stderr, new_session)
 
 
+class Standstill:
+    """A point that a run does not pass before the test says so, however late on a busy machine the test comes to that.
+
+    A test that waits for a file and then kills the run would otherwise find it done, when it is the test that waits for
+    its turn.
+
+    Args:
+        folder: of the test; not that of the run.
+    """
+
+    def __init__(self, folder: Path):
+        self._order = folder / "stand-still"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of the environment of the processes that obey."""
+        place = Path(__file__).parent / "standing"
+        return {"GUARD_TESTS_ORDER": str(self._order), "PYTHONPATH": f"{place}:{os.environ.get('PYTHONPATH', '')}"}
+
+    def before(self, pattern: str, least: int = 0) -> None:
+        """The first process that is about to give a file such a name stands still, once.
+
+        Args:
+            pattern: the end of a path, as ``Path.match`` takes it.
+            least: the least number at the end of the name.
+        """
+        self._order.parent.mkdir(parents=True, exist_ok=True)
+        passing = self._order.with_name(f".{self._order.name}")
+        passing.write_text(f"{pattern} {least}")
+        passing.replace(self._order)
+
+    def reached(self, process: Started) -> None:
+        """Wait until a process stands there; the one that was started must not end before."""
+        deadline = time.monotonic() + 300
+        while not any(self._standing().values()):
+            assert process.poll() is None, "it has ended before it stood still"
+            assert time.monotonic() < deadline, "no process stands still"
+            time.sleep(0.005)
+
+    def go_on(self, pattern: str = "", least: int = 0) -> None:
+        """Who stands still goes on, and who has not come to it need not stand still, or does before another file."""
+        self._order.unlink(missing_ok=True)
+        standing = self._standing()
+        if pattern:
+            self.before(pattern, least)
+        for path, process in standing.items():
+            path.unlink()
+            if process:
+                os.kill(process, signal.SIGCONT)
+
+    def _standing(self) -> dict[Path, int]:
+        """What is left of orders that were taken: the ids of processes that stand still, 0 for those that have died."""
+        found = {}
+        for path in self._order.parent.glob(f"{self._order.name}.*"):
+            process = int(path.suffix[1:])
+            # It takes the order first.
+            while (state := _state(process)) not in ("T", "Z", "X", ""):
+                time.sleep(0.001)
+            found[path] = process if state == "T" else 0
+        return found
+
+
+def _state(process: int) -> str:
+    """One letter, as ps shows it; nothing when there is no such process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
 def guard(arguments: Sequence[str], fresh: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; its output is text."""
     process = start(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, fresh=fresh)
@@ -133,6 +205,15 @@ def ranks(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
             time.sleep(0.02)
         texts = ["".join(_content(files[number]) for files in written) for number in range(2)]
     return subprocess.CompletedProcess(arguments, next((code for code in codes if code), 0), *texts)
+
+
+def ranks_of(launcher: Started) -> list[int]:
+    """The ids of the processes that a launcher has started, rank 0 first; the system's ids begin anew one day."""
+    found = {}
+    for process in children(launcher.pid):
+        variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        found.update({int(each[5:]): process for each in variables if each.startswith(b"RANK=")})
+    return [process for _, process in sorted(found.items())]
 
 
 def _content(file: IO[str]) -> str:

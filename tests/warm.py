@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tests.standing.sitecustomize import obey
+
 LOADED = [
     "data_prep",
     "distill.cli",
@@ -234,6 +236,8 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(wanted["environment"])
     os.chdir(wanted["folder"])
+    if "GUARD_TESTS_ORDER" in os.environ:
+        obey(os.environ["GUARD_TESTS_ORDER"])
     # What every interpreter draws for itself.
     random.seed()
     np.random.seed()

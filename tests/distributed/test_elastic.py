@@ -14,7 +14,7 @@ import pytest
 
 from distill.errors import Preempted
 from launchers.torchrun import children, hosts
-from tests.running import command, contents, guard, ranks, start, teacher, teacher_of_two_ranks
+from tests.running import Standstill, command, contents, guard, ranks, ranks_of, start, teacher, teacher_of_two_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -33,23 +33,28 @@ class Elastic:
 
     def __init__(self, folder: Path, launcher: list[str], *overrides: str, stage: str = "run"):
         self.folder = folder
-        wanted = command(folder, *overrides, stage=stage)[3:]
+        wanted, self.limit = command(folder, *overrides, stage=stage)[3:], Standstill(folder)
         with (folder / "log").open("w") as log:
-            self.process = start([sys.executable, *launcher, *wanted], stdout=log, stderr=log, new_session=True)
+            asked = [sys.executable, *launcher, *wanted]
+            self.process = start(asked, stdout=log, stderr=log, new_session=True, **self.limit.variables)
 
     @property
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
     def kill_when(self, ready: Callable[[], object], rank: int) -> None:
-        """Kill a rank and wait until two new ones have come in place of both."""
+        """Kill a rank and wait until two new ones have come in place of both.
+
+        A rank that stands still at the limit goes on when the other is dead.
+        """
         deadline = time.monotonic() + 300
         while not ready():
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.005)
-        before = sorted(children(self.process.pid))
+        before = ranks_of(self.process)
         os.kill(before[rank], signal.SIGKILL)
+        self.limit.go_on()
         while len(set(children(self.process.pid)) - set(before)) < 2:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
@@ -72,6 +77,7 @@ def test_a_killed_rank_starts_again_in_the_same_call(
 ) -> None:
     """torchrun's store still holds the addresses of the ranks before: the new ones must not find those."""
     run = Elastic(tmp_path, launcher, stage="squeeze")
+    run.limit.before(".checkpoint-*", 40)
     run.kill_when(lambda: run.step() >= 10, rank)
     assert run.end() == 0, run.log
     assert teacher(tmp_path) == reference

@@ -7,26 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests import running
-from tests.running import Started, command, contents
+from tests.running import Standstill, Started, command, contents
 
 OPTIONS = ["relabel.epochs=60"]
 """Of every run that is compared with the whole one."""
 
 MOMENTS = {
-    "squeeze": "teacher/.checkpoint-*",
-    "recover": "distilled/unit_00000.safetensors",
-    "relabel": "labels/epoch_0003.safetensors",
-    "student": "student/.checkpoint-seed0-*",
-    "evaluate": "outcomes/teacher.pgd20@4.0000.safetensors",
+    "squeeze": ("teacher/.checkpoint-*", "teacher/manifest.json"),
+    "recover": ("distilled/unit_00000.safetensors", "distilled/manifest.json"),
+    "relabel": ("labels/epoch_0003.safetensors", "labels/manifest.json"),
+    "student": ("student/.checkpoint-seed0-*", "student/seed0.safetensors"),
+    "evaluate": ("outcomes/teacher.pgd20@4.0000.safetensors", "results.json"),
 }
-"""Stage → what is there while it is under way."""
+"""Stage → what is there while it is under way, and what is not yet."""
 
 
-def start(folder: Path, arguments: Sequence[str] | None = None, fresh: bool = False) -> Started:
-    """A run in a process group of its own, which writes to ``folder/log``."""
+def start(
+    folder: Path, arguments: Sequence[str] | None = None, fresh: bool = False, limit: Standstill | None = None
+) -> Started:
+    """A run in a process group of its own, which writes to ``folder/log``.
+
+    Args:
+        limit: what it obeys.
+    """
     with (folder / "log").open("a") as log:
-        asked = arguments or command(folder, *OPTIONS)
-        return running.start(asked, stdout=log, stderr=log, new_session=True, fresh=fresh)
+        asked, variables = arguments or command(folder, *OPTIONS), limit.variables if limit else {}
+        return running.start(asked, stdout=log, stderr=log, new_session=True, fresh=fresh, **variables)
 
 
 def wait_for(process: Started, folder: Path, pattern: str) -> None:

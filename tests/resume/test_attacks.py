@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import command, contents, guard, ranks, start
+from tests.running import Standstill, command, contents, guard, ranks, start
 
 OPTIONS = [
     "squeeze.epochs=2",
@@ -68,10 +68,12 @@ def test_killed_at_random_moments(trained: Path, tmp_path: Path) -> None:
     asked = command(tmp_path, *OPTIONS, stage="evaluate")
     dice, kills = random.Random(5), 0
     units = len(list((trained / "runs" / "run" / "outcomes").glob("*.safetensors")))
+    limit = Standstill(tmp_path)
     for _ in range(2):
+        limit.before("results.json")
         before = len(list((run / "outcomes").glob("*.safetensors"))) if (run / "outcomes").is_dir() else 0
         wanted = before + dice.randint(1, units // 5)
-        process = start(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **limit.variables)
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
             there = list((run / "outcomes").glob("*.safetensors")) if (run / "outcomes").is_dir() else []

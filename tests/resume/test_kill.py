@@ -13,7 +13,7 @@ import pytest
 
 from tests.data.reading import skip_without
 from tests.resume.interruption import MOMENTS, same, start, wait_for
-from tests.running import Started, command, guard
+from tests.running import Standstill, Started, command, guard
 
 
 def kill(process: Started) -> None:
@@ -23,8 +23,10 @@ def kill(process: Started) -> None:
 
 
 def test_killed_once_in_every_stage(whole: tuple[Path, float], tmp_path: Path) -> None:
-    for pattern in MOMENTS.values():
-        process = start(tmp_path)
+    limit = Standstill(tmp_path)
+    for pattern, end in MOMENTS.values():
+        limit.before(end)
+        process = start(tmp_path, limit=limit)
         wait_for(process, tmp_path, pattern)
         kill(process)
         assert not (tmp_path / "runs/run/results.json").exists()
@@ -56,8 +58,10 @@ def test_a_squeeze_killed_within_an_epoch(tmp_path: Path, name: str) -> None:
     done = guard(arguments[0])
     assert done.returncode == 0, done.stderr
     folders[1].mkdir()
+    limit = Standstill(folders[1])
     for step in (3, 31):
-        process = start(folders[1], arguments[1])
+        limit.before(".checkpoint-*", step + 9)
+        process = start(folders[1], arguments[1], limit=limit)
         deadline = time.monotonic() + 200
         while not any(
             int(p.name.split("-")[1]) >= step for p in folders[1].glob("runs/run/teacher/.checkpoint-*[0-9]")

@@ -20,7 +20,7 @@ from distill.compose import compose
 from distill.data.streaming import read_batches
 from distill.errors import SIGNALS, Preempted
 from tests.resume.interruption import MOMENTS, same, start, wait_for
-from tests.running import Started, command, environment
+from tests.running import Standstill, Started, command, environment
 
 
 def stopped(process: Started, folder: Path) -> str:
@@ -35,12 +35,16 @@ def stopped(process: Started, folder: Path) -> str:
 
 def test_stopped_in_one_stage_after_the_other(whole: tuple[Path, float], tmp_path: Path) -> None:
     """Before the first step, in recovery, between two stages and during the attacks; more signals follow at once."""
-    moments = ["config.yaml", MOMENTS["recover"], "labels/manifest.json", MOMENTS["evaluate"]]
-    for number, pattern in enumerate(moments):
-        process = start(tmp_path)
+    limit = Standstill(tmp_path)
+    moments = [("config.yaml", "teacher/manifest.json"), MOMENTS["recover"]]
+    moments += [("labels/manifest.json", "student/manifest.json"), MOMENTS["evaluate"]]
+    for number, (pattern, end) in enumerate(moments):
+        limit.before(end)
+        process = start(tmp_path, limit=limit)
         wait_for(process, tmp_path, pattern)
         for each in (number, number + 1, number + 1):
             process.send_signal(SIGNALS[each % len(SIGNALS)])
+        limit.go_on()
         stopped(process, tmp_path)
         assert not (tmp_path / "runs/run/results.json").exists()
     process = start(tmp_path)
@@ -50,16 +54,14 @@ def test_stopped_in_one_stage_after_the_other(whole: tuple[Path, float], tmp_pat
 
 def test_a_signal_to_the_whole_group_spares_the_workers_that_read(tmp_path: Path) -> None:
     """Schedulers signal every process: the step under way still gets its batch, and no worker stays behind."""
-    options = ["loader=folder", "dataset.stored_size=0", "squeeze.epochs=3", "monitor.checkpoint_minutes=60"]
-    arguments = command(tmp_path, *options, stage="squeeze")
-    process = start(tmp_path, arguments)
-    metrics = tmp_path / "runs/run/metrics.jsonl"
-    wait_for(process, tmp_path, "metrics.jsonl")
-    while not metrics.read_text():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.005)
+    options = ["loader=folder", "dataset.stored_size=0", "squeeze.epochs=3"]
+    arguments, limit = command(tmp_path, *options, stage="squeeze"), Standstill(tmp_path)
+    limit.before(".checkpoint-*", 10)
+    process = start(tmp_path, [*arguments, "monitor.checkpoint_minutes=0.02"], limit=limit)
+    limit.reached(process)
     os.killpg(process.pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGUSR2)
+    limit.go_on()
     step = int(re.findall(r"squeeze: (\d+)/60", stopped(process, tmp_path))[-1])
     assert 10 <= step < 60
     with pytest.raises(ProcessLookupError):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -18,16 +19,16 @@ import pytest
 from distill.cli import main
 from distill.files import read_json, write_json
 from distill.sharing import artifact_state
-from tests.running import Started, command, contents, guard, start
+from tests.running import Standstill, Started, command, contents, guard, start
 
 UNITS = 6
 OPTIONS = ["squeeze.epochs=1", f"recover.ipc={UNITS}", "recover.iterations=40", "monitor.tensorboard=false"]
 
 
-def recover(folder: Path, *more: str, fresh: bool = False) -> Started:
+def recover(folder: Path, *more: str, limit: Standstill | None = None, fresh: bool = False) -> Started:
     """A worker of its own on a run."""
-    asked = command(folder, *OPTIONS, *more, stage="recover")
-    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, fresh=fresh)
+    asked, variables = command(folder, *OPTIONS, *more, stage="recover"), limit.variables if limit else {}
+    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, fresh=fresh, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +44,14 @@ def seen(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """What one worker makes, its process id, and the status while it was at work."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copytree(teacher, folder, dirs_exist_ok=True)
-    worker = recover(folder, fresh=True)
-    wait_for(worker, folder / "runs/run/distilled", ".claims/unit_00002.*")
+    limit = Standstill(folder)
+    limit.before("distilled/unit_00002.safetensors")
+    worker = recover(folder, limit=limit, fresh=True)
     # At rest in its third unit, so that the status is that.
-    os.kill(worker.pid, signal.SIGSTOP)
+    limit.reached(worker)
     with contextlib.redirect_stdout(io.StringIO()) as status:
         assert main(["status", str(folder / "runs")]) == 0
-    os.kill(worker.pid, signal.SIGCONT)
+    limit.go_on()
     output, said = worker.communicate(timeout=100)
     assert worker.returncode == 0, said
     assert "recover (distilled) complete" in output
@@ -87,17 +89,11 @@ def same(folder: Path, alone: Path) -> None:
     assert len(theirs) == UNITS + 2
 
 
-def begun(folder: Path, workers: list[Started]) -> None:
-    """Stop each worker as soon as it has begun, before its first unit; it takes long to start."""
-    deadline, waiting = time.monotonic() + 120, list(workers)
-    while waiting:
-        for worker in list(waiting):
-            assert worker.poll() is None, worker.communicate()
-            if list((folder / "runs/run/workers").glob(f"distilled-*-{worker.pid}-*.json")):
-                os.kill(worker.pid, signal.SIGSTOP)
-                waiting.remove(worker)
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def begun(folder: Path) -> tuple[Started, Standstill]:
+    """A worker that has begun, and stands still before its first unit; it takes long to start."""
+    limit = Standstill(folder / f"limit-{secrets.token_hex(4)}")
+    limit.before(".claims/unit_*")
+    return recover(folder, limit=limit), limit
 
 
 def killed(folder: Path, worker: Started) -> None:
@@ -127,14 +123,16 @@ def complete(folder: Path, alone: Path, second: Started, third: Started) -> None
 
 def test_two_workers_a_kill_and_one_more(teacher: Path, alone: Path, tmp_path: Path) -> None:
     shutil.copytree(teacher, tmp_path, dirs_exist_ok=True)
-    workers = [recover(tmp_path) for _ in range(3)]
-    begun(tmp_path, workers)
-    first, second, third = workers
-    os.kill(first.pid, signal.SIGCONT)
+    crew = [begun(tmp_path) for _ in range(3)]
+    for worker, limit in crew:
+        limit.reached(worker)
+    (first, limit), *others = crew
+    # It may come so far, however late the kill comes.
+    limit.go_on("distilled/unit_00004.safetensors")
     killed(tmp_path, first)
-    for worker in (second, third):
-        os.kill(worker.pid, signal.SIGCONT)
-    complete(tmp_path, alone, second, third)
+    for _, limit in others:
+        limit.go_on()
+    complete(tmp_path, alone, *(worker for worker, _ in others))
 
 
 @pytest.mark.slow

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from distill.cli import main
 from distill.errors import Preempted
 from distill.report.history import read_lines
 from distill.sharing import artifact_state
-from tests.running import Started, command, contents, guard, start
+from tests.running import Standstill, Started, command, contents, guard, start
 
 SEEDS = 3
 STEPS = 2 * 40
@@ -27,13 +25,17 @@ OPTIONS = ["squeeze.epochs=1", "recover.iterations=10", "relabel.epochs=40", "ev
 OPTIONS += ["attacks=custom", "evaluate.max_images=50", "evaluate.teacher=false", "sharing.lease=10"]
 
 
-def evaluate(folder: Path, *more: str, ranks: int = 1) -> Started:
+AT = 12
+"""The step in whose checkpoint a worker stands still."""
+
+
+def evaluate(folder: Path, *more: str, ranks: int = 1, limit: Standstill | None = None) -> Started:
     """A worker of its own on a run, or several ranks under torchrun."""
     asked = command(folder, *OPTIONS, *more, stage="evaluate")
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         asked = [*launcher, *asked[1:]]
-    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return start(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **(limit.variables if limit else {}))
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +58,15 @@ def alone(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def begun(labelled: Path, tmp_path: Path) -> tuple[Path, Started]:
+def begun(labelled: Path, tmp_path: Path) -> tuple[Path, Started, Standstill]:
     """A copy of the run, and a worker that stands still in the training of its first seed."""
     shutil.copytree(labelled, tmp_path, dirs_exist_ok=True)
-    worker = evaluate(tmp_path)
-    deadline = time.monotonic() + 200
-    while max(steps(tmp_path, 0), default=0) < 10:
-        assert worker.poll() is None, worker.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(worker.pid, signal.SIGSTOP)
-    assert max(steps(tmp_path, 0)) < STEPS
-    return tmp_path, worker
+    limit = Standstill(tmp_path)
+    limit.before(".checkpoint-seed0-*", AT)
+    worker = evaluate(tmp_path, "monitor.checkpoint_minutes=0", limit=limit)
+    limit.reached(worker)
+    assert max(steps(tmp_path, 0)) == AT - 1
+    return tmp_path, worker, limit
 
 
 def steps(folder: Path, seed: int) -> list[int]:
@@ -108,14 +107,13 @@ def went_on(said: list[str]) -> int:
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.distributed)])
-def test_killed_in_the_middle_of_a_seed(begun: tuple[Path, Started], alone: Path, ranks: int) -> None:
+def test_killed_in_the_middle_of_a_seed(begun: tuple[Path, Started, Standstill], alone: Path, ranks: int) -> None:
     """Then two more workers, or one with two ranks, on what is left."""
-    folder, first = begun
+    folder, first, _ = begun
     first.kill()
     first.communicate()
-    saved = max(steps(folder, 0))
     workers = [evaluate(folder, ranks=ranks) for _ in range(3 - ranks)]
-    assert went_on([ended(worker) for worker in workers]) == saved
+    assert went_on([ended(worker) for worker in workers]) == AT - 1
     records = check(folder, alone)
     assert [each["ended"] is None for each in records] == [True, False, False]
     assert sorted(unit["unit"] for each in records for unit in each["units"]) == [
@@ -123,28 +121,27 @@ def test_killed_in_the_middle_of_a_seed(begun: tuple[Path, Started], alone: Path
     ]
 
 
-def test_stopped_in_the_middle_of_a_seed(begun: tuple[Path, Started], alone: Path) -> None:
+def test_stopped_in_the_middle_of_a_seed(begun: tuple[Path, Started, Standstill], alone: Path) -> None:
     """It saves the step, and says that it has ended, so that others go on at once."""
-    folder, first = begun
+    folder, first, limit = begun
     second = evaluate(folder)
     first.send_signal(signal.SIGTERM)
-    first.send_signal(signal.SIGCONT)
+    limit.go_on()
     assert f"guard: {Preempted()}" in ended(first, Preempted.exit_code)
-    assert went_on([ended(second)]) >= 10
+    assert went_on([ended(second)]) > AT
     records = check(folder, alone)
     assert [each["error"] for each in records] == ["Preempted", None]
 
 
-def test_one_that_was_taken_for_dead_wakes_up(begun: tuple[Path, Started], alone: Path) -> None:
+def test_one_that_was_taken_for_dead_wakes_up(begun: tuple[Path, Started, Standstill], alone: Path) -> None:
     """After its lease another goes on with its seed, and it wakes up in the middle of that."""
-    folder, first = begun
-    at, second = max(steps(folder, 0)), evaluate(folder)
-    deadline = time.monotonic() + 200
-    while max(steps(folder, 0)) <= at:
-        assert second.poll() is None, second.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    first.send_signal(signal.SIGCONT)
+    folder, first, limit = begun
+    middle = Standstill(folder / "second")
+    middle.before(".checkpoint-seed0-*", 2 * AT)
+    second = evaluate(folder, limit=middle)
+    middle.reached(second)
+    limit.go_on()
+    middle.go_on()
     for worker in (first, second):
         ended(worker)
     records = check(folder, alone)

@@ -27,7 +27,7 @@ from distill.report.spectra import arms, draw_profiles, profile_figure, profile_
 from distill.robustness import top_eigenvalues
 from distill.robustness.bound import Spectrum
 from distill.run_folder import Artifact, Recipe
-from tests.running import SMALL, start
+from tests.running import SMALL, Standstill, start
 
 QUICK = ["squeeze.epochs=1", "recover.iterations=3", "evaluate.labels=hard", "relabel.epochs=2", "evaluate.seeds=[0,1]"]
 UNTESTED = [
@@ -117,8 +117,10 @@ def test_killed_and_continued(measured: tuple[Path, str], tmp_path: Path, capsys
     run = tmp_path / "demo/guard"
     shutil.copytree(measured[0] / "guard", run, ignore=shutil.ignore_patterns("spectrum"))
     command = [sys.executable, "-m", "distill", "spectrum", str(run), *ASKED]
+    limit = Standstill(tmp_path)
+    limit.before("spectrum/seed1.safetensors")
     with (tmp_path / "log").open("w") as log:
-        process = start(command, stdout=log, stderr=log, new_session=True)
+        process = start(command, stdout=log, stderr=log, new_session=True, **limit.variables)
         deadline = time.monotonic() + 120
         while not (run / "spectrum/teacher.safetensors").is_file():
             assert process.poll() is None, (tmp_path / "log").read_text()
