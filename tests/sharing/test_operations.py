@@ -22,7 +22,7 @@ from tests.sharing.driver import KIND, names
 UNIT, WORKER = 12, 60
 """Operations for each unit and for each worker (docs/scaling.md), as an audit hook counts them: without ``stat``."""
 LOOK = 16
-"""Operations of a worker that waits once more, for another that takes long; one pause of each worker is in the above."""
+"""Operations of a worker that waits once more, for one that takes long; the first pause of each is in the above."""
 
 
 def counted(run: Path, workers: int, units: int, *options: str) -> Counter[str]:
