@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from distill.data.loaders import build_loader
 from distill.data.ordered_loader import Reading
 from distill.data.resolution import Resolution
 
+EXITING = 0x4
 KINDS = {
     "memory": ["loader=folder", "loader.workers=0", "dataset.stored_size=48"],
     "files": ["loader=folder", "loader.workers=0"],
@@ -75,3 +78,15 @@ def same(batches: Iterable[Batch], others: Iterable[Batch]) -> bool:
     """Whether both give the same batches, and any at all."""
     batches, others = list(batches), list(others)
     return len(batches) == len(others) > 0 and all(map(equal, batches, others))
+
+
+def threads() -> list[str]:
+    """The names of this process's threads without those that have ended, which /proc lists for a moment more."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            # Flags of the kernel; one that is waited for is seen to have ended only after it has this one.
+            if not int(rest.split()[6]) & EXITING:
+                found.append(name)
+    return found
