@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -57,10 +58,15 @@ def logdir(digits: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def no_process_is_left() -> Iterator[None]:
     """Whatever happens, the server, the driver and every process of the browser have ended."""
     yield
-    mine = [
-        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in mine]
+    commands = []
+    for task in Path("/proc/self/task").iterdir():
+        # A thread or a process may end meanwhile.
+        children: list[str] = []
+        with contextlib.suppress(OSError):
+            children = (task / "children").read_text().split()
+        for child in children:
+            with contextlib.suppress(OSError):
+                commands.append(Path(f"/proc/{child}/cmdline").read_bytes())
     assert not [command for command in commands if b"tensorboard" in command or b"chrom" in command]
 
 
