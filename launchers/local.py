@@ -92,6 +92,8 @@ class _Node:
                 else:
                     good &= success
             if self.stop:
+                # What has not begun by now is not done.
+                good &= not waiting
                 waiting.clear()
                 self._pass_on()
             time.sleep(POLL)

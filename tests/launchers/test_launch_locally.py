@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from distill.compose import compose
 from distill.config_cluster import JobConfig
-from distill.errors import GuardError
+from distill.errors import GuardError, Preempted
 from launchers import snapshot
 from launchers.graph import Job
 from launchers.ledger import Entry, Launch, now
@@ -162,6 +164,28 @@ def test_local_jobs_see_the_gpus_that_are_listed(
     run_graph(jobs, {"recover": work}, Launch(tmp_path, "local", "local", "", now(), "", jobs=[entry]))
     lines = (tmp_path / "seen").read_text().splitlines()
     assert (len(lines), set(lines)) == (2, seen)
+
+
+def test_a_signal_between_two_jobs_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the first has told its end; what waits for that is not done, and does not begin."""
+    config = compose(["dataset=digits", "cluster=local"])
+    jobs = [Job(key, key, (config,), 1, JobConfig(), ()) for key in ("recover", "relabel")]
+    works = {job.key: functools.partial(subprocess.check_call, ["touch", str(tmp_path / job.key)]) for job in jobs}
+    entries = [Entry(job.key, job.stage, str(tmp_path), [], job.key, "") for job in jobs]
+    launch = Launch(tmp_path, "local", "local", "", now(), "", jobs=entries)
+    told: list[str] = []
+
+    def tell(text: str, **options: object) -> None:
+        told.append(text)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("launchers.local.print", tell, raising=False)
+    with pytest.raises(Preempted):
+        run_graph(jobs, works, launch)
+    assert told == ["recover: done"]
+    assert launch.state == "cancelled"
+    assert (tmp_path / "recover").exists()
+    assert not (tmp_path / "relabel").exists()
 
 
 @pytest.mark.parametrize(
