@@ -66,8 +66,7 @@ def _write(folder: Path, tag: str, points: Sequence[Point]) -> None:
     """One event file, in the place of those that told less. TensorBoard reads the files of a folder by their names."""
     content = _encoded(tag, points)
     name = f"events.out.tfevents.{round(1000 * points[-1][0]):013d}.{len(points):06d}.{digest(points)[:12]}"
-    present = sorted(each for each in listed(folder) if not each.startswith("."))
-    if present and present[-1] >= name:
+    if (present := _present(folder)) and present[-1] >= name:
         return
     folder.mkdir(parents=True, exist_ok=True)
     # TensorBoard reads every file that is called tfevents.
@@ -77,7 +76,12 @@ def _write(folder: Path, tag: str, points: Sequence[Point]) -> None:
         os.replace(temporary, folder / name)
     finally:
         temporary.unlink(missing_ok=True)
-    remove(folder / each for each in present)
+    # Another may meanwhile have written what tells more.
+    remove(folder / each for each in _present(folder)[:-1])
+
+
+def _present(folder: Path) -> list[str]:
+    return sorted(each for each in listed(folder) if not each.startswith("."))
 
 
 def _encoded(tag: str, points: Sequence[Point]) -> bytes:

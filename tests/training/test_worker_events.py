@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ def test_what_grows_takes_the_place_of_what_was_there(run: Path) -> None:
     (run / "older").rename(run / "workers")
     show_workers(run)
     assert line(run, "all")[-1] == (34, 1034.0, 6), "one that has read older records is too late"
+
+
+def test_one_that_comes_late_with_less_leaves_what_tells_more(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone: TensorBoard would read both files, and go back in time between them."""
+    replace = os.replace
+
+    def late(*names: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        record(run, "b", 1003.0, [1.0, 30.0, 31.0])
+        show_workers(run)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", late)
+    show_workers(run)
+    assert line(run, "all")[-1] == (34, 1034.0, 6)
+    assert line(run, "b")[-1] == (34, 1034.0, 3)
 
 
 def _show(run: Path, turns: int) -> None:
