@@ -221,12 +221,23 @@ def _content(file: IO[str]) -> str:
     return file.read()
 
 
+_MARKS: list[socket.socket] = []
+
+
 def free_port() -> str:
-    """A port that nobody listens on, and that the system gives to nobody who does not ask for it."""
+    """A port that nobody listens on, that the system gives to nobody who does not ask for it, and no other test takes.
+
+    It is marked as taken from now on, for the ranks that are to listen there come to it much later.
+    """
     while True:
-        port = random.randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return str(port)
+        port, mark = random.randrange(20_000, 32_000), socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            # A name without a file, which ends with this process.
+            mark.bind(f"\0guard-tests-port-{port}")
+            with socket.create_server(("", port)):
+                _MARKS.append(mark)
+                return str(port)
+        mark.close()
 
 
 def teacher(folder: Path) -> bytes:

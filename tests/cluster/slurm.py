@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,13 +14,12 @@ from pathlib import Path
 from tests.cluster.configuration import NODES, write_configuration
 from tests.cluster.machines import NAMESPACES, Machine, run, until, variables
 from tests.cluster.scontrol import facts_of, name_of_job, state_of
+from tests.running import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 HEAD = "head"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
-PORTS = range(20000, 32000)
-"""Below those that the kernel gives to connections."""
 
 
 def missing() -> str | None:
@@ -176,7 +172,7 @@ class Slurm:
         self.folder.chmod(0o755)
         own = Path("/etc/hosts").read_text().rstrip()
         (self.folder / "hosts").write_text(f"{own}\n127.0.0.1 {' '.join((HEAD, *NODES))}\n")
-        port, *ports = _free_ports(3)
+        port, *ports = (int(free_port()) for _ in range(3))
         write_configuration(self.folder, port, ports)
         for name in (HEAD, *NODES):
             self._boot(name)
@@ -214,14 +210,3 @@ class Slurm:
 def _path() -> str:
     """Debian keeps daemons where only root's shells look."""
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each from a fresh start so that clusters side by side rarely meet."""
-    dice, found = random.Random(secrets.token_bytes(8)), []
-    while len(found) < count:
-        port = dice.choice(PORTS)
-        with socket.socket() as trial, contextlib.suppress(OSError):
-            trial.bind(("", port))
-            found.append(port)
-    return found
