@@ -16,7 +16,7 @@ from data_prep import prepare, verify
 from distill.data.catalogue import PreparedSet
 from distill.errors import DataError
 from launchers.torchrun import children
-from tests.running import guard, start
+from tests.running import Standstill, guard, start
 
 ARCHIVE = Path(__file__).parents[2].parent / "shared" / "data" / "imagenette_224.zip"
 
@@ -103,7 +103,16 @@ def test_killed_while_workers_check_images(tmp_path):
             part.writestr(name, whole.read(name))
     command = [sys.executable, "-m", "data_prep", "prepare", "dataset=imagenette"]
     command += [f"dataset.source={source}", f"data_root={tmp_path}"]
-    process = start(command, new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    limit = Standstill(tmp_path)
+    limit.before("imagenette/images")
+    process = start(command, new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **limit.variables)
+    limit.reached(process)
+    # An image that is never read to its end, so that the workers are there however late the kill comes.
+    endless = max(folder.rglob("*.JPEG"))
+    content = endless.read_bytes()
+    endless.unlink()
+    os.mkfifo(endless)
+    limit.go_on()
     while not ((folder / "images").is_dir() and children(process.pid)):
         assert process.poll() is None, "it ended before its workers were there"
         time.sleep(0.005)
@@ -112,6 +121,9 @@ def test_killed_while_workers_check_images(tmp_path):
     with pytest.raises(DataError):
         PreparedSet.open(folder)
     assert died_within(100, process.pid)
+    (endless,) = (path for path in folder.rglob(endless.name) if path.is_fifo())
+    endless.unlink()
+    endless.write_bytes(content)
     extracted = (folder / "images").stat().st_mtime_ns
     done = guard(command)
     assert done.returncode == 0, done.stderr
