@@ -307,7 +307,7 @@ def test_an_ensemble_drops_what_an_earlier_part_broke(network: nn.Module, batch:
     assert not (whole.robust & ~alone.robust).any()
     # One pass and one more for each step and image, of APGD, three targets of APGDT and of FAB, and Square's queries.
     survivors = int(alone.robust.sum())
-    assert whole.forward < alone.forward + survivors * (3 * 8 + 3 * 12 + 32)
+    assert whole.forward <= alone.forward + survivors * (3 * 8 + 3 * 12 + 32)
 
 
 def test_another_model_as_the_source(network: nn.Module, batch: Batch) -> None:
