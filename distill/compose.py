@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -56,25 +56,23 @@ def compose(overrides: Sequence[str] = (), extra_folder: str | Path | None = Non
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-            node = hydra_compose(config_name="config", overrides=overrides)
+            node = hydra_compose(config_name="config", overrides=overrides, return_hydra_config=True)
+        chosen = node.hydra.runtime.choices
+        with open_dict(node):
+            del node.hydra
         config = OmegaConf.to_object(node)
+        assert isinstance(config, Config)
+        check(config)
+        _check_groups(config, groups, chosen)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_one_sentence(error)) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"A YAML file of --config-dir {extra_folder} is no UTF-8: {error}.") from error
-    assert isinstance(config, Config)
-    check(config)
     # No method of ours has made images that are ready, nor those that are never optimised.
     if config.recover.images:
         config.method = "ready images"
     elif not config.recover.iterations:
         config.method = "real images"
-    for group in ("regularizer", "loader", "format"):
-        name = getattr(config, group).name
-        if name not in groups[group]:
-            raise ConfigError(f"{group}.name={name} is not one of: {', '.join(groups[group])}.")
-    for group in ("regularizer", "format", "loader"):
-        _check_taken(config, group, groups[group][getattr(config, group).name])
     return config
 
 
@@ -176,6 +174,22 @@ def _one_sentence(error: Exception) -> str:
 
 CHECKED_TOGETHER = {"options", "sizes", "ramp", "size_step", "jpeg_share", "quality", "side", "resolution"}
 """Options without a value that are not bound to a YAML file: whether they fit is checked with other options."""
+
+
+def _check_groups(config: Config, groups: Mapping[str, Mapping[str, Path]], chosen: Mapping[str, str]) -> None:
+    for group, choice in chosen.items():
+        file = groups.get(group, {}).get(choice)
+        if file and hasattr(getattr(config, group, None), "name"):
+            content = OmegaConf.load(file)
+            # It would pass for the default: a plain training, for instance, where a regulariser was written.
+            if "name" not in content and "defaults" not in content:
+                raise ConfigError(f"{file} has no name; it begins with the line name: {choice}.")
+    for group in ("regularizer", "loader", "format"):
+        name = getattr(config, group).name
+        if name not in groups[group]:
+            raise ConfigError(f"{group}.name={name} is not one of: {', '.join(groups[group])}.")
+    for group in ("regularizer", "format", "loader"):
+        _check_taken(config, group, groups[group][getattr(config, group).name])
 
 
 def _check_taken(config: Config, group: str, file: Path) -> None:

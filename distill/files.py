@@ -116,12 +116,15 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json_text(content))
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises ArtifactError when the file is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ArtifactError when the file is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete it and run the same command again.") from error
+    return content
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], **information: str) -> None:

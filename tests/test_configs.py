@@ -306,6 +306,23 @@ def test_a_folder_of_ones_own(tmp_path: Path, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("weight: 2.0\n", "mine.yaml has no name; it begins with the line name: mine."),
+        ("name: other\nweight: 2.0\n", "other.yaml, line 2, is no YAML"),
+    ],
+)
+def test_a_group_of_ones_own_says_what_it_is(tmp_path: Path, text: str, words: str) -> None:
+    """Without a name a regulariser would be a plain training."""
+    (tmp_path / "regularizer").mkdir()
+    (tmp_path / "regularizer/mine.yaml").write_text(text)
+    (tmp_path / "regularizer/other.yaml").write_text("name: [\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(["regularizer=mine"], tmp_path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("text", "word"),
     [
         ("squeeze: {lrr: 3}\n", "squeeze.lrr"),

@@ -29,6 +29,9 @@ from distill.training.engine import Task, build_engine
 from distill.training.loop import train
 from distill.training.schedule import build_optimizer
 
+OWN_TERMS = ("loss", "cross_entropy", "accuracy", "stage", "series", "step", "time", "epoch")
+"""Keys of a line of metrics that no term of a regulariser may have."""
+
 
 class SqueezeTask(Task):
     """The whole regularised loss of a batch in one forward pass: clean loss in train mode, then the penalty.
@@ -102,6 +105,11 @@ class SqueezeTask(Task):
             taken = taken.to(images.device)
             images, labels = images[taken].contiguous(memory_format=torch.channels_last), labels[taken]
         terms = self.regularizer(self.network, images, labels)
+        if terms and ("penalty" not in terms or any(name in terms for name in OWN_TERMS)):
+            raise ConfigError(
+                f"The regulariser {type(self.regularizer).__name__} gives {', '.join(terms)}; one term must be called "
+                f"penalty, which is added to the loss, and none {' or '.join(OWN_TERMS)}."
+            )
         return {**terms, "penalty": factor * terms["penalty"]} if terms else {}
 
 

@@ -10,7 +10,7 @@ from distill.compose import compose, group_choices
 from distill.data.batch import Batch
 from distill.errors import ConfigError
 from distill.models import Normalize, build_network
-from distill.regularizers import Surroundings, build_regularizer
+from distill.regularizers import Regularizer, Surroundings, build_regularizer
 from distill.stages.squeeze import SqueezeTask
 
 NAMES = sorted(group_choices()["regularizer"])
@@ -145,3 +145,15 @@ def test_the_step_per_value_is_the_same_at_every_resolution(name, batch):
     torch.testing.assert_close(task(batch)[name], expected[name], rtol=1e-6, atol=0)
     task.regularizer.h_scaling = False
     assert task(batch)[name] > 1.1 * expected[name]
+
+
+@pytest.mark.parametrize("names", [["mine"], ["penalty", "loss"], ["penalty", "step"]])
+def test_terms_that_would_be_taken_for_others_are_refused(names, batch):
+    class Mine(Regularizer):
+        def __call__(self, network, images, labels):
+            return {name: images.mean() for name in names}
+
+    task, _ = make("none")
+    task.regularizer = Mine()
+    with pytest.raises(ConfigError, match=f"The regulariser Mine gives {', '.join(names)}; one term must be called"):
+        task(batch)

@@ -221,9 +221,10 @@ def test_wrong_folders_are_one_sentence(experiment: Path, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="empty holds no run"):
         compare_runs([tmp_path / "empty"])
-    (experiment / "guard" / "results.json").write_text('{"name": "x"')
-    with pytest.raises(ArtifactError, match="is damaged"):
-        compare_runs([experiment])
+    for damaged in ('{"name": "x"', "[]"):
+        (experiment / "guard" / "results.json").write_text(damaged)
+        with pytest.raises(ArtifactError, match=r"results\.json is damaged"):
+            compare_runs([experiment])
     write_json(experiment / "guard" / "results.json", {"name": "x"})
     with pytest.raises(ArtifactError, match="not the results of a run of this version"):
         compare_runs([experiment])
