@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -141,8 +141,8 @@ def build(planned: PlannedAttack, num_classes: int, seed: int, values: int) -> B
     own = {**OURS, **{key: value for key, value in planned.arguments.items() if key in OURS}}
     name = "RepairedCW" if own["repaired"] else planned.attack
     used = {**parameters(name), **given}
-    if "eps" in used and planned.radius is not None:
-        used["eps"] = planned.radius
+    if (radius := radius_argument(used)) and planned.radius is not None:
+        used[radius] = planned.radius
     if "norm" in used:
         used["norm"] = given.get("norm", planned.norm)
     if own["alpha_ratio"] != OURS["alpha_ratio"] or "alpha_ratio" in planned.arguments:
@@ -221,12 +221,18 @@ def norm_of(attack: str, arguments: Mapping[str, Any]) -> str:
     return str(arguments.get("norm", parameters(attack).get("norm", "Linf")))
 
 
+def radius_argument(arguments: Container[str]) -> str | None:
+    """Which argument of an attack is the radius of its ball; None for one without a ball."""
+    return next((name for name in ("eps", "max_epsilon") if name in arguments), None)
+
+
 def _threat(planned: PlannedAttack, name: str, used: Mapping[str, Any], within: bool, values: int) -> Threat:
     if within:
         assert planned.radius is not None, "checked by plan"
         # The L2 ball that just holds the L∞ ball: a corner of it has this length.
         return Threat("L2", planned.radius * (1 if planned.norm == "L2" else values**0.5))
-    return Threat(norm_of(name, used), used.get("eps"))
+    radius = radius_argument(used)
+    return Threat(norm_of(name, used), used[radius] if radius else None)
 
 
 def _needs_only_a_model(cls: type) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.errors import ConfigError
-from distill.robustness.attacks import OURS, PlannedAttack, library, norm_of, parameters
+from distill.robustness.attacks import OURS, PlannedAttack, library, norm_of, parameters, radius_argument
 
 TARGETS = ("least_likely", "most_likely", "random")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -97,16 +97,17 @@ def _check_entry(name: str, entry: Any, norm: str) -> bool:
             raise ConfigError(f"{key}.{argument}={entry[argument]} is not one of: {', '.join(choices)}.")
     if {"alpha", "alpha_ratio"} <= set(entry):
         raise ConfigError(f"{key} sets both alpha and alpha_ratio; give one of them.")
-    if "eps" not in allowed:
+    radius = radius_argument(allowed)
+    if radius is None:
         return bool(entry.get("within_radius"))
-    if "eps" in entry:
+    if radius in entry:
         return False
     own = entry.get("norm", norm) if "norm" in allowed else norm_of(attack, entry)
     if own != norm:
         other = " PGDL2 is the L2 version of PGD." if attack == "PGD" else ""
         raise ConfigError(
-            f"{key}.eps must be set, in [0, 1] pixels: attacks.epsilon holds {norm.replace('inf', '∞')} radii, which "
-            f"do not fit this attack.{other}"
+            f"{key}.{radius} must be set, in [0, 1] pixels: attacks.epsilon holds {norm.replace('inf', '∞')} radii, "
+            f"which do not fit this attack.{other}"
         )
     return True
 
@@ -118,7 +119,7 @@ def _allowed(attack: str) -> dict[str, Any]:
         allowed["alpha_ratio"] = OURS["alpha_ratio"]
     if attack in ("PGD", "CW", "MIFGSM"):
         allowed["target"] = OURS["target"]
-    if "eps" not in allowed:
+    if radius_argument(allowed) is None:
         allowed["within_radius"] = OURS["within_radius"]
     if attack == "CW":
         allowed["repaired"] = OURS["repaired"]

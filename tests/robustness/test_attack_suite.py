@@ -82,6 +82,16 @@ def test_an_own_radius_replaces_the_list() -> None:
     assert norm_of("PGDL2", specification["arguments"]) == specification["threat"]["norm"] == "L2"
 
 
+def test_a_radius_of_another_name_is_one_too() -> None:
+    """PIFGSM's: without it the attack would run once, at a radius of the library's choice."""
+    planned = plan({"pi": {"attack": "PIFGSM"}}, [4.0, 8.0])
+    assert [one.label for one in planned] == ["pi@4", "pi@8"]
+    specification = build(planned[1])
+    assert specification["arguments"]["max_epsilon"] == specification["threat"]["radius"] == 8 / 255
+    (one,) = plan({"pi": {"attack": "PIFGSM", "max_epsilon": 0.1}}, [4.0])
+    assert (one.label, build(one)["threat"]["radius"]) == ("pi", 0.1)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
