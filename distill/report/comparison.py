@@ -87,12 +87,17 @@ def _passes(networks: Networks) -> tuple[float, float] | None:
 def _cells(networks: Sequence[Networks], published: Mapping[str, float]) -> dict[str, Cell]:
     """Figures of one run's networks with the spread over them, or the runs' means with the spread over runs."""
     summaries = [summarise(of_run) for of_run in networks]
+    total = len(networks) if len(networks) > 1 else len(networks[0])
 
     def over(values: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
         return values[0] if len(summaries) == 1 else spread([value["mean"] if value else None for value in values])
 
+    def few(figure: Mapping[str, Any]) -> str:
+        return f"{figure['n']} of {total}" if figure["n"] < total else ""
+
     def percent(figure: Mapping[str, Any], stated: float | None) -> Cell:
-        return Cell(100 * figure["mean"], None if figure["sd"] is None else 100 * figure["sd"], stated)
+        sd = None if figure["sd"] is None else 100 * figure["sd"]
+        return Cell(100 * figure["mean"], sd, stated, few=few(figure))
 
     cells = {}
     if top1 := over([summary["top1"] for summary in summaries]):
@@ -102,7 +107,7 @@ def _cells(networks: Sequence[Networks], published: Mapping[str, float]) -> dict
             cells[label] = percent(attacked, published.get(label, published.get(label.removesuffix("@1"))))
     for name, key in zip(RATIOS, ("rr", "i_rr"), strict=True):
         if ratio := over([summary[key] for summary in summaries]):
-            cells[name] = Cell(ratio["mean"], ratio["sd"], digits=2)
+            cells[name] = Cell(ratio["mean"], ratio["sd"], digits=2, few=few(ratio))
     return cells
 
 

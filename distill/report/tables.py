@@ -29,18 +29,22 @@ class Cell:
     """A figure with its sample standard deviation and what the paper states for it.
 
     Accuracies are in per cent; ratios and the batch-norm loss are as they are.
+
+    Attributes:
+        few: ``2 of 3`` where the figure is not that of every network or run: a ratio may not be defined for some.
     """
 
     value: float
     sd: float | None = None
     published: float | None = None
     digits: int = 1
+    few: str = ""
 
     @property
     def measured(self) -> str:
-        """``97.3 ± 0.2``."""
+        """``97.3 ± 0.2``, or ``97.3 ± 0.2 (2 of 3)``."""
         spread = "" if self.sd is None else f" ± {self.sd:.{self.digits}f}"
-        return f"{self.value:.{self.digits}f}{spread}"
+        return f"{self.value:.{self.digits}f}{spread}{f' ({self.few})' if self.few else ''}"
 
     def text(self, bold: bool = False) -> str:
         """``97.3 ± 0.2 (paper 57.9)``; the measured part in Markdown's bold on request."""

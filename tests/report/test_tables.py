@@ -140,6 +140,20 @@ def test_repetitions_in_every_format(make_run: RunMaker) -> None:
     assert (row["flags"], row["BN loss"], row["BN loss sd"]) == ("gradient masking suspected: oh", "5.5", "0.707107")
 
 
+def test_a_ratio_of_fewer_students_says_of_how_many(make_run: RunMaker) -> None:
+    """RR is not defined for a student that no attack harms."""
+    run = make_run("whole", PLAIN, students([0.9, 0.9, 0.9], [0.8, 0.9, 0.8], [0.7, 0.9, 0.7]))
+    cells = compare_runs([run]).rows[0].cells
+    assert cells["RR"].text() == "0.25 ± 0.00 (2 of 3)"
+    assert (cells["I-RR"].few, cells["clean"].few) == ("", "")
+    repeated = [
+        make_run(f"s{seed}/x", PLAIN, students([0.9], [a], [0.7]), seed=seed) for seed, a in enumerate((0.9, 0.8))
+    ]
+    repeated += [make_run("s2/x", PLAIN, students([0.9], [0.9], [0.9]), seed=2)]
+    (row, *_) = compare_runs(repeated).rows
+    assert (row.runs, row.cells["RR"].few, row.cells["I-RR"].few) == (3, "2 of 3", "")
+
+
 def test_runs_of_the_same_last_name_keep_their_whole_name(make_run: RunMaker) -> None:
     student = [network(0, 0.5, {})]
     table = compare_runs([make_run("a/guard", CURVATURE, student), make_run("b/guard", CURVATURE, student)])
