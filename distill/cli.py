@@ -110,10 +110,12 @@ def _compare(paths: Sequence[str], form: str, html: str | None) -> int:
     """The table on stdout; where the page lies on stderr, so that a table can be piped."""
     from distill.report import compare, write_page
 
-    print(compare(paths, form), flush=True)
     page = Path(html) if html else _common_folder(paths) / "report.html"
     if page.is_dir():
         raise ConfigError(f"--html {page} is a folder; give the name of a file in it.")
+    if html and page.parent.is_file():
+        raise ConfigError(f"--html {page} lies in {page.parent}, which is a file and no folder.")
+    print(compare(paths, form), flush=True)
     if write_page(page, paths):
         say(f"Page: {page}")
     return 0

@@ -118,6 +118,11 @@ def test_report_formats(experiment: tuple[Path, list[str]], capsys: pytest.Captu
     for form, mark in (("terminal", "pgd20@16"), ("markdown", "|"), ("csv", ",")):
         assert main(["report", runs, "--format", form]) == 0
         assert mark in capsys.readouterr().out
+    for page, told in ((runs, "is a folder; give the name"), (f"{__file__}/x.html", "is a file and no folder.")):
+        assert main(["report", runs, "--html", page]) == 2
+        printed = capsys.readouterr()
+        assert told in printed.err
+        assert not printed.out
 
 
 def test_what_is_no_run_folder_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
