@@ -5,11 +5,19 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from distill.report.history import read_history, read_lines
 from distill.training.monitor import Monitor
+
+
+@pytest.fixture(autouse=True)
+def first_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second and process are read in the order of their numbers as text, the tenth before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def shown(folder: Path, tag: str) -> list[tuple[int, float]]:
