@@ -48,7 +48,8 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("name", LOADERS)
+# FFCV's compiles its pipelines anew in each of four processes.
+@pytest.mark.parametrize("name", ["files", "dali", pytest.param("ffcv", marks=pytest.mark.slow)])
 def test_a_squeeze_killed_within_an_epoch(tmp_path: Path, name: str) -> None:
     """With every loader; checkpoints after every step or so, so that most lie within an epoch."""
     skip_without(name)
