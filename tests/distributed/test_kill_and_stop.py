@@ -200,6 +200,7 @@ def test_plain_torchrun_passes_sigterm_on(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().count(f"guard: {Preempted()}") == 1
 
 
+@pytest.mark.slow
 def test_plain_torchrun_that_dies_of_a_signal_leaves_the_present_step(tmp_path: Path) -> None:
     """Nobody tells it of SIGUSR2: when a scheduler signals every process, the ranks lose their agent."""
     # Steps of more than a second: an agent that is gone is noticed sooner. A checkpoint at the end of an epoch.
