@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.checks import Finding, inspect_image, name_some
-from data_prep.layout import Layout, printable, scan
+from data_prep.layout import Layout, scan
 from distill.config import DatasetConfig
 from distill.data.catalogue import FORMAT, VERSION
 from distill.data.imagenet import imagenet_classes
 from distill.data.index import Index, fingerprint
 from distill.data.workers import processors, spread
 from distill.errors import ConfigError, DataError
-from distill.files import write_json
+from distill.files import printable, write_json
 from distill.progress import Progress
 
 

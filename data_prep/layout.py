@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.errors import DataError
+from distill.files import printable
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -35,11 +36,6 @@ class Layout:
 def is_image(name: str) -> bool:
     """Whether a file name is that of an image; hidden files are not."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def printable(name: str) -> str:
-    """A file name as UTF-8 can hold it."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def find_root(folder: Path) -> Path:

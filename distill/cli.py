@@ -16,6 +16,7 @@ from distill.compose import names_of
 from distill.config import Config
 from distill.environment import speaks
 from distill.errors import ConfigError
+from distill.files import printable
 from distill.say import say
 from distill.told import told
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_encoding(arguments: Sequence[str]) -> None:
     """Paths stand in files and tables, which are UTF-8."""
     for text in arguments:
-        if text.encode(errors="replace") != text.encode(errors="surrogateescape"):
+        if text != printable(text):
             raise ConfigError(f"{text!r} is no UTF-8; rename the folder, or go there by a link with another name.")
 
 
@@ -86,11 +87,13 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         return 0
     from data_prep import prepare
     from distill import pipeline
-    from distill.controls import check_place, share_teachers
+    from distill.preflight import check_place
 
     for each in configs:
         check_place(each)
     if configs[0].controls:
+        from distill.controls import share_teachers
+
         for told in share_teachers(configs):
             if parsed.command in ("run", "squeeze", "launch") and speaks():
                 say(f"guard: {told}")

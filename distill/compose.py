@@ -184,12 +184,11 @@ def _check_groups(config: Config, groups: Mapping[str, Mapping[str, Path]], chos
             # It would pass for the default: a plain training, for instance, where a regulariser was written.
             if "name" not in content and "defaults" not in content:
                 raise ConfigError(f"{file} has no name; it begins with the line name: {choice}.")
-    for group in ("regularizer", "loader", "format"):
+    for group in ("regularizer", "format", "loader"):
         name = getattr(config, group).name
         if name not in groups[group]:
             raise ConfigError(f"{group}.name={name} is not one of: {', '.join(groups[group])}.")
-    for group in ("regularizer", "format", "loader"):
-        _check_taken(config, group, groups[group][getattr(config, group).name])
+        _check_taken(config, group, groups[group][name])
 
 
 def _check_taken(config: Config, group: str, file: Path) -> None:

@@ -106,6 +106,11 @@ def _created(path: Path) -> BinaryIO:
         return open(path, "wb")
 
 
+def printable(name: str) -> str:
+    """A file name as UTF-8 can hold it."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def json_text(content: Any) -> str:
     """JSON with sorted keys, so that equal content is equal bytes."""
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

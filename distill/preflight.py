@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from distill.config import Config
 from distill.environment import detect
@@ -27,6 +28,28 @@ def preflight(config: Config, command: str) -> None:
         planned_outcomes(config)
     if command in ("run", "squeeze"):
         check_batches(config, detect().world_size)
+
+
+def check_place(config: Config) -> None:
+    """Raises ConfigError where a new run would lie inside another one, or around some: reports would not see them."""
+    folder = Path(config.run_root) / config.name
+    if (folder / "config.yaml").is_file():
+        return
+    for above in folder.parents[: len(Path(config.name).parts) - 1]:
+        if not (above / "config.yaml").is_file():
+            continue
+        if config.controls:
+            raise ConfigError(
+                f"{above} is a run of its own, made without controls; choose another name=… for it with its controls "
+                f"(arm=main squeeze.reuse={above} takes over its teacher)."
+            )
+        raise ConfigError(f"{above} is a run, inside which reports see no other; choose another name=….")
+    for inside in [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]:
+        if inside.relative_to(folder).parts[0] != "launch":
+            raise ConfigError(
+                f"{folder} holds the run {inside.parent}, which reports would not see inside another one; choose "
+                f"another name=…, or the experiment that it is an arm of."
+            )
 
 
 def check_batches(config: Config, world_size: int) -> None:

@@ -45,7 +45,7 @@ def _student_row(group: Group) -> Row:
     cells = _cells(networks, (first.results.get("published") or {}).get(first.label, {}))
     losses = [(run.results.get("recover") or {}).get("bn_loss") for run in group.runs]
     if loss := spread(losses):
-        cells["BN loss"] = Cell(loss["mean"], loss["sd"], digits=2)
+        cells["BN loss"] = Cell(loss["mean"], loss["sd"], digits=2, few=_few(loss, len(losses)))
     return _row(group, "student", networks, _facts(group), cells)
 
 
@@ -92,12 +92,9 @@ def _cells(networks: Sequence[Networks], published: Mapping[str, float]) -> dict
     def over(values: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
         return values[0] if len(summaries) == 1 else spread([value["mean"] if value else None for value in values])
 
-    def few(figure: Mapping[str, Any]) -> str:
-        return f"{figure['n']} of {total}" if figure["n"] < total else ""
-
     def percent(figure: Mapping[str, Any], stated: float | None) -> Cell:
         sd = None if figure["sd"] is None else 100 * figure["sd"]
-        return Cell(100 * figure["mean"], sd, stated, few=few(figure))
+        return Cell(100 * figure["mean"], sd, stated, few=_few(figure, total))
 
     cells = {}
     if top1 := over([summary["top1"] for summary in summaries]):
@@ -107,8 +104,12 @@ def _cells(networks: Sequence[Networks], published: Mapping[str, float]) -> dict
             cells[label] = percent(attacked, published.get(label, published.get(label.removesuffix("@1"))))
     for name, key in zip(RATIOS, ("rr", "i_rr"), strict=True):
         if ratio := over([summary[key] for summary in summaries]):
-            cells[name] = Cell(ratio["mean"], ratio["sd"], digits=2, few=few(ratio))
+            cells[name] = Cell(ratio["mean"], ratio["sd"], digits=2, few=_few(ratio, total))
     return cells
+
+
+def _few(figure: Mapping[str, Any], total: int) -> str:
+    return f"{figure['n']} of {total}" if figure["n"] < total else ""
 
 
 def _facts(group: Group) -> dict[str, Any]:

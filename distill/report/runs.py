@@ -9,6 +9,7 @@ from typing import Any
 
 from distill.errors import ArtifactError
 from distill.files import read_json
+from distill.report.options import read_options
 from distill.run_folder import RESULTS, STAGES, of_other_outcomes
 
 NEEDED_FOLDERS = STAGES[:-1]
@@ -102,9 +103,6 @@ def _is_run(folder: Path) -> bool:
 
 def _missing(folder: Path) -> list[str]:
     """The first folder that is not complete, and the results that wait for it."""
-    # The module of rows reads runs.
-    from distill.report.groups import read_options
-
     options = read_options(folder)
     unstored = options.get("relabel.mode") == "online" or options.get("evaluate.labels") == "hard"
     stages = [stage for stage in NEEDED_FOLDERS if not (unstored and stage == "labels")]

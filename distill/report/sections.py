@@ -10,7 +10,8 @@ from typing import Any
 from distill.report.charts import Spectra
 from distill.report.comparison import compare_groups
 from distill.report.costs import hours_text, kept_bytes, read_provenance, size_text, stage_costs
-from distill.report.groups import Group, read_options
+from distill.report.groups import Group
+from distill.report.options import read_options
 from distill.report.tables import FACTS, RATIOS, Comparison
 from distill.robustness.metrics import attack_label
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from distill.errors import ArtifactError
 from distill.files import read_json
-from distill.report.groups import Group, read_options
+from distill.report.groups import Group
+from distill.report.options import read_options
 
 SMALL = 64
 """Images up to this side in pixels stay as they are, as PNG; larger ones become JPEG of at most ``LARGEST``."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.report.groups import read_options
 from distill.report.history import metrics_files, parsed
+from distill.report.options import read_options
 from distill.sharing.status import duration
 
 EPOCHS = {"teacher": "squeeze.epochs", "student": "relabel.epochs"}
